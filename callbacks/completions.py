@@ -1,0 +1,88 @@
+"""Completions: every sampled response, on disk, in W&B, and a few in the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from lit_rl import run
+from lit_rl.experience import Experience
+from lit_rl.hooks import RLCallback
+
+COLUMNS = ["step", "family", "task", "prompt", "response", "correct", "answer", "reason", "reward", "advantage", "mean_logp", "tokens"]
+
+
+class Completions(RLCallback):
+    """Appends a JSON line a response to completions.jsonl in the run's folder (completions.rank1.jsonl and so on for
+    further ranks), adds rows to a growing W&B table where a WandbLogger is, and prints samples.
+
+    Args:
+        every: Steps between two that are written to the file.
+        table_rows: Responses a step added to the W&B table "completions"; 0 for none.
+        print_every: Steps between printed samples; 0 for none.
+        print_rows: How many samples.
+    """
+
+    def __init__(self, every: int = 1, table_rows: int = 8, print_every: int = 0, print_rows: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}: it must be at least 1")
+        self.every, self.table_rows, self.print_every, self.print_rows = every, table_rows, print_every, print_rows
+        self._path: Path | None = None
+        self._table: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        name = run.COMPLETIONS if trainer.global_rank == 0 else f"completions.rank{trainer.global_rank}.jsonl"
+        self._path = run.folder(trainer) / name
+        run.refuse_other_run(self._path, resuming=trainer.global_step > 0)
+        run.rewind(self._path, trainer.global_step)
+
+    def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
+        step = trainer.global_step
+        write, show = step % self.every == 0, self.print_every and step % self.print_every == 0
+        loggers = [g for g in trainer.loggers if type(g).__name__ == "WandbLogger"] if self.table_rows else []
+        if not (write or show or loggers):
+            return
+        records = self.records(experience, step)
+        if write and self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if trainer.is_global_zero:
+            if show:
+                self._print(trainer, records)
+            for logger in loggers:
+                self._add_to_table(logger, records[: self.table_rows], step)
+
+    @staticmethod
+    def records(x: Experience, step: int) -> list[dict[str, Any]]:
+        """One record a row, plain values."""
+        assert x.advantages is not None
+        tokens = x.mask.sum(1).clamp(min=1)
+        advantages = (x.advantages.sum(1) / tokens).tolist()
+        logps = x.sampler_logps if x.sampler_logps is not None else x.logps
+        mean_logps = (logps.sum(1) / tokens).tolist() if logps is not None else [None] * len(x)
+        result = []
+        for i, (g, text, verdict) in enumerate(zip(x.group.tolist(), x.texts, x.verdicts, strict=True)):
+            task = x.tasks[g]
+            values = [step, task.family, task.id, task.text(), text, verdict.correct if verdict.valid else None, verdict.answer, verdict.reason,
+                      float(x.rewards[i]), advantages[i], mean_logps[i], int(x.response_lengths[i])]  # fmt: skip
+            result.append(dict(zip(COLUMNS, values, strict=True)))
+        return result
+
+    def _print(self, trainer: L.Trainer, records: list[dict[str, Any]]) -> None:
+        out = getattr(trainer.progress_bar_callback, "print", print)
+        for r in records[: self.print_rows]:
+            mark = {True: "right", False: "wrong", None: "not judged"}[r["correct"]]
+            out(f"--- step {r['step']}, {r['family']}, {mark}, reward {r['reward']:.2f}\n{r['prompt']}\n>>> {r['response']}")
+
+    def _add_to_table(self, logger: Any, records: list[dict[str, Any]], step: int) -> None:
+        import wandb
+
+        if self._table is None:
+            self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
+        for record in records:
+            self._table.add_data(*record.values())
+        logger.log_metrics({"completions": self._table}, step=step)

@@ -1,0 +1,82 @@
+"""EntropyMonitor: the entropy of the next-token distribution while training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lit_rl.experience import Experience, Terms
+from lit_rl.hooks import RLCallback
+
+CHUNK = 2**22
+"""Logits taken to float32 at once, in elements."""
+
+
+class EntropyMonitor(RLCallback):
+    """Logs "entropy", in nats: the mean over the response tokens of each training step.
+
+    On any LightningModule that holds a Hugging Face causal language model it reads the logits of the training forward
+    (no forward of its own); tokens whose label is -100 are left out. A lit-rl policy hands over its entropies instead.
+    """
+
+    def __init__(self) -> None:
+        self._sum, self._tokens = 0.0, 0
+        self._handle: Any = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        from transformers import PreTrainedModel
+
+        found = [m for m in pl_module.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None]
+        if not found:
+            raise ValueError(f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}")
+        self._handle = found[0].register_forward_hook(self._on_forward, with_kwargs=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @torch.no_grad()
+    def _on_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not _carries_gradient(output):
+            return  # generation, a reference model, validation
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise ValueError("EntropyMonitor needs logits, and this model's fused loss returns none: turn the fused loss off")
+        labels = kwargs.get("labels")
+        if labels is not None:
+            logits = logits[:, :-1][labels[:, 1:] != -100]
+        elif (mask := kwargs.get("attention_mask")) is not None and mask.dim() == 2:
+            logits = logits[mask.bool()]
+        logits = logits.reshape(-1, logits.shape[-1])
+        for part in logits.split(max(1, CHUNK // logits.shape[-1])):
+            logps = part.float().log_softmax(-1)
+            self._sum -= float((logps.exp() * logps).sum())
+        self._tokens += len(logits)
+
+    def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
+        if self._handle is not None:  # the terms are better: only response tokens, and what the policy is trained at
+            self._remove()
+            self._sum, self._tokens = 0.0, 0
+        self._sum += float(terms.entropy.detach()[experience.mask].sum())
+        self._tokens += int(experience.mask.sum())
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._tokens or trainer.world_size > 1:
+            size = max(1, self._tokens)
+            pl_module.log("entropy", self._sum / size, batch_size=size, sync_dist=trainer.world_size > 1)
+        self._sum, self._tokens = 0.0, 0
+
+
+def _carries_gradient(output: Any) -> bool:
+    logits = getattr(output, "logits", None)
+    loss = getattr(output, "loss", None)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in (logits, loss))

@@ -1,0 +1,98 @@
+"""RolloutStats: the numbers that tell why a run learns or does not."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from statistics import mean
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lit_rl import ranks
+from lit_rl.experience import Experience, Terms
+from lit_rl.hooks import RLCallback
+
+QUANTILES = (0.01, 0.5, 0.99)
+SAMPLE = 2**20
+"""Tokens of a step that quantiles are taken over, at most."""
+
+
+class RolloutStats(RLCallback):
+    """Logs, each step:
+
+    - reward/FAMILY, and reward_std;
+    - groups/no_signal (equal rewards, no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
+    - length/mean, length/max, length/truncated (share that met the limit);
+    - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
+    - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
+    - grad_norm before clipping (of the last minibatch);
+    - seconds/generate, /score, /train, and tokens_per_second (response tokens over all of it).
+    """
+
+    def __init__(self) -> None:
+        self._ratios: list[Tensor] = []
+        self._clipped = self._tokens = 0
+        self._numbers: dict[str, float] = {}
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._ratios, self._clipped, self._tokens, self._numbers = [], 0, 0, {}
+        self._start = time.perf_counter()
+
+    def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
+        x = experience
+        groups = [x.rewards[(x.group == g) & x.valid] for g in range(len(x.tasks))]
+        groups = [rewards for rewards in groups if len(rewards)]
+        n, flat = max(1, len(groups)), [r for r in groups if r.min() == r.max()]
+        lengths = x.response_lengths.float()
+        self._numbers |= {
+            "groups/no_signal": len(flat) / n,
+            "groups/all_right": sum(bool(r[0] >= 1) for r in flat) / n,
+            "groups/all_wrong": sum(bool(r[0] <= 0) for r in flat) / n,
+            "invalid": float((~x.valid).float().mean()),
+            "reward_std": float(x.rewards[x.valid].std()) if int(x.valid.sum()) > 1 else 0.0,
+            "length/mean": float(lengths.mean()),
+            "length/max": float(lengths.max()),
+            "length/truncated": float(x.truncated.float().mean()),
+        }
+        if x.sampler_logps is not None and x.logps is not None and x.logps is not x.sampler_logps:
+            gap = (x.logps - x.sampler_logps)[x.mask].abs()
+            self._numbers |= {"mismatch/mean": float(gap.mean()), "mismatch/max": float(gap.max())}
+        families: dict[str, list[float]] = defaultdict(list)
+        for g, reward, valid in zip(x.group.tolist(), x.rewards.tolist(), x.valid.tolist(), strict=True):
+            if valid:
+                families[x.tasks[g].family or "all"].append(reward)
+        self._numbers |= {f"reward/{name}": mean(values) for name, values in families.items()}
+
+    def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
+        counted = terms.weights != 0
+        self._tokens += int(counted.sum())
+        if terms.clipped is not None:
+            self._clipped += int((terms.clipped & counted).sum())
+        if terms.log_ratio is not None:
+            self._ratios.append(terms.log_ratio.detach()[counted].float().exp().cpu())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            self._numbers["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._ratios and (ratios := torch.cat(self._ratios)).numel():
+            self._numbers["ess"] = float(ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()))
+            few = ratios[:: 1 + len(ratios) // SAMPLE]
+            for q, value in zip(QUANTILES, few.quantile(torch.tensor(QUANTILES)).tolist(), strict=True):
+                self._numbers[f"ratio/p{round(100 * q)}"] = value
+            self._numbers["clip_fraction"] = self._clipped / max(1, self._tokens)
+        seconds = time.perf_counter() - self._start
+        clock = dict(getattr(pl_module, "seconds", {}))
+        clock["train"] = max(0.0, seconds - sum(clock.values()))
+        self._numbers |= {f"seconds/{name}": value for name, value in clock.items()}
+        self._numbers["tokens_per_second"] = getattr(pl_module, "sampled_tokens", 0) / max(seconds, 1e-9)
+        everyone = ranks.gather(self._numbers) if trainer.world_size > 1 else [self._numbers]  # names may differ
+        for name in sorted({name for numbers in everyone for name in numbers}):
+            pl_module.log(name, mean(numbers[name] for numbers in everyone if name in numbers), rank_zero_only=False)

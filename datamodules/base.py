@@ -1,0 +1,73 @@
+"""TaskData: the DataModule that all sources of tasks share, with a loader that resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import lightning.pytorch as L
+from torch.utils.data import DataLoader, Dataset
+
+from lit_rl.task import Task
+
+
+class Tasks(Protocol):
+    """A source of tasks: item i is the same task in every process."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Task: ...
+
+
+class ResumableLoader(DataLoader[Task]):
+    """A DataLoader of task lists whose position is part of the checkpoint. One worker: tasks are made in microseconds."""
+
+    def __init__(self, dataset: Dataset[Task], *, collate_fn: Any = list, **kwargs: Any) -> None:
+        super().__init__(dataset, collate_fn=collate_fn, **kwargs)
+        self._done = 0
+        self._skip = 0
+
+    def __iter__(self) -> Iterator[list[Task]]:
+        skip, self._skip = self._skip, 0
+        self._done = skip
+        for i, indices in enumerate(self.batch_sampler):  # type: ignore[arg-type]
+            if i >= skip:
+                self._done = i + 1
+                yield [self.dataset[j] for j in indices]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._done % max(1, len(self))}  # an epoch's end is the next one's start
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["batches"]
+
+
+class TaskData(L.LightningDataModule):
+    """Tasks for training, validation and test. A source defines `tasks(split)`.
+
+    Args:
+        batch_size: Tasks a step and rank, in training.
+        eval_batch_size: Tasks at a time in evaluation; None is `batch_size`.
+        shuffle: Whether the training order is drawn anew each epoch.
+    """
+
+    def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, shuffle: bool = False) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        self.batch_size, self.eval_batch_size, self.shuffle = batch_size, eval_batch_size or batch_size, shuffle
+
+    def tasks(self, split: str) -> Any:
+        """The tasks of "train", "validation" or "test"; anything with a length and indices."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Task]:
+        return ResumableLoader(self.tasks("train"), batch_size=self.batch_size, shuffle=self.shuffle, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Task]:
+        return ResumableLoader(self.tasks("validation"), batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Task]:
+        return ResumableLoader(self.tasks("test"), batch_size=self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Task]:
+        return self.test_dataloader()

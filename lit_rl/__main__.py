@@ -1,0 +1,26 @@
+"""`lit-rl`: LightningCLI's fit, validate, test and predict, and a few commands of our own that need no torch."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    from lit_rl import commands
+
+    try:
+        if argv and argv[0] in commands.COMMANDS:
+            commands.COMMANDS[argv[0]](argv[1:])
+            return
+        from lit_rl.cli import run_cli
+
+        run_cli(argv)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        if "--debug" in argv:
+            raise
+        sys.exit(f"lit-rl: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The command line: LightningCLI with short names, recipes and run folders. The only file that imports everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import lightning.pytorch as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import lit_rl.callbacks
+import lit_rl.datamodules
+from lit_rl import methods, run
+from lit_rl.commands import COMMANDS, recipe_paths
+from lit_rl.run import RunLogger
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+METHODS = {name: getattr(lit_rl, name) for name in methods.__all__}
+DATAMODULES = {name: getattr(lit_rl.datamodules, name) for name in lit_rl.datamodules.__all__}
+CALLBACKS = {name: getattr(lit_rl.callbacks, name) for name in lit_rl.callbacks.__all__}
+RUN_VARIABLE = "LIT_RL_RUN"
+"""Tells the processes that a launcher starts with the same command line which folder rank 0 has chosen."""
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a `--config`: a path that exists, or the bare name of a recipe."""
+    known = recipe_paths()
+    if Path(name).is_file():
+        return Path(name)
+    if name in known:
+        return known[name]
+    close = get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the recipes are {', '.join(known)}."
+    raise ValueError(f"there is no file and no recipe {name!r}: {hint}")
+
+
+def suggestions(message: str) -> str:
+    """Names of ours close to those a parser's message complains of."""
+    options = {p for c in (*METHODS.values(), *DATAMODULES.values(), *CALLBACKS.values()) for k in c.__mro__ for p in signature(k).parameters}
+    names = [*METHODS, *DATAMODULES, *CALLBACKS, *options, *COMMANDS, "fit", "validate", "test", "predict"]
+    words = dict.fromkeys(re.findall(r"[A-Za-z_][\w]{2,}", message))
+    found = {w: get_close_matches(w, names, n=2, cutoff=0.75) for w in words if w not in names}
+    return "".join(f"\nDid you mean {' or '.join(close)} instead of {word}?" for word, close in found.items() if close)
+
+
+class Parser(LightningArgumentParser):
+    """Complains in a few lines, with suggestions, where jsonargparse prints the usage of every option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message += suggestions(message)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.exit(f"lit-rl: {message}\nAll options: lit-rl fit --help; those of a class: lit-rl fit --model.help GRPO")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, and keeps a run from mixing with another."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = run.folder(trainer)
+        if stage == "fit" and isinstance(trainer.logger, RunLogger) and not trainer.fast_dev_run:
+            run.refuse_other_run(folder / run.METRICS, resuming=trainer.ckpt_path is not None)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+            self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and isinstance(trainer.logger, RunLogger):
+            run.rewind(run.folder(trainer) / run.METRICS, trainer.global_step)
+            run.rewind(run.folder(trainer) / run.EVALUATIONS, trainer.global_step)
+
+
+class CLI(LightningCLI):
+    parser_class = Parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str, default=None, help="The run's folder; runs/METHOD-N when neither it nor a logger is given.")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.run is None and config.trainer.logger not in (None, True):
+            return
+        if config.trainer.logger in (None, True):
+            chosen = os.environ.get(RUN_VARIABLE) or config.run or _free_folder(config.model.class_path.rpartition(".")[2].lower())
+            os.environ[RUN_VARIABLE] = config.run = chosen
+            config.trainer.logger = jsonargparse.Namespace(class_path="lit_rl.run.RunLogger", init_args=jsonargparse.Namespace(folder=chosen))
+            config.trainer.default_root_dir = config.trainer.default_root_dir or chosen
+        else:
+            config.trainer.default_root_dir = config.run
+
+
+def _free_folder(name: str) -> str:
+    taken = {int(m[1]) for p in Path("runs").glob(f"{name}-*") if (m := re.fullmatch(rf"{name}-(\d+)", p.name))}
+    return f"runs/{name}-{max(taken, default=0) + 1}"
+
+
+def run_cli(argv: list[str]) -> CLI:
+    """Parses and runs; `--config NAME` may name a recipe."""
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        if word in ("--config", "-c") and i + 1 < len(argv):
+            argv[i + 1] = str(find_recipe(argv[i + 1]))
+        elif word.startswith("--config="):
+            argv[i] = f"--config={find_recipe(word.removeprefix('--config='))}"
+    if argv and not argv[0].startswith("-") and argv[0] not in ("fit", "validate", "test", "predict"):
+        close = get_close_matches(argv[0], [*COMMANDS, "fit", "validate", "test", "predict"])
+        raise ValueError(f"there is no command {argv[0]!r}" + (f": did you mean {' or '.join(close)}?" if close else "; see lit-rl --help"))
+    sys.argv[1:] = argv  # launchers of further processes repeat it
+    chosen_before = os.environ.get(RUN_VARIABLE)
+    try:
+        return CLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lit-rl", "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report."},
+        )
+    finally:
+        if chosen_before is None:
+            os.environ.pop(RUN_VARIABLE, None)

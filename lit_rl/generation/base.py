@@ -1,0 +1,71 @@
+"""The Generator protocol: token ids in, token ids and their log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Sampling:
+    """How completions are drawn."""
+
+    max_new_tokens: int = 256
+    """Longest completion, in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    stop: list[str] = field(default_factory=list)
+    """A completion ends with the token that completes any of these strings."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1"),
+        ]
+        for name, value, fine, limit in checks:
+            if not fine:
+                raise ValueError(f"sampling.{name} is {value}: it must be {limit}")
+
+
+@dataclass
+class Completion:
+    """One sampled continuation of a prompt. All tensors are on the CPU and of the same length L >= 1."""
+
+    tokens: Tensor
+    """(L,) int64; ends with the end-of-sequence token when `finish` is "stop" and no stop string ended it."""
+    logps: Tensor
+    """(L,) float32: log-probability of each token under the distribution it was really sampled from
+    (temperature and truncation included; under greedy decoding, of the plain softmax)."""
+    log_kept: Tensor
+    """(L,) float32: log of the probability mass that top-p, top-k and min-p kept (0 where nothing was cut), so that
+    `logps + log_kept` is the log-softmax of logits / temperature."""
+    text: str
+    """The decoded tokens without special ones: a view, never tokenised again."""
+    finish: Literal["stop", "length"]
+
+
+class Generator(Protocol):
+    """An engine that samples. `generate` must depend on each prompt's own seeds only, not on how prompts are batched."""
+
+    def sync(self, model: nn.Module) -> None:
+        """Take over the current weights of the trained model."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """For each prompt (token ids) as many completions as it has seeds (64-bit non-negative integers)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

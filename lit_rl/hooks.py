@@ -1,0 +1,44 @@
+"""The hooks between a rollout and its loss, and the dispatcher that any LightningModule may call.
+
+Lightning's own callback dispatch cannot carry them: it demands the hook of every callback and forbids `log` inside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+
+if TYPE_CHECKING:
+    from lit_rl.experience import Experience, Terms
+
+HOOKS = ("on_rollout", "on_advantage", "on_loss")
+
+
+class RLCallback(L.Callback):
+    """A callback with hooks into reinforcement learning. Any object with a method of these names is called as well."""
+
+    needs_all_rows: bool = False
+    """True when `on_loss` gives gradient to rows without advantage, which otherwise never reach the model."""
+
+    def on_rollout(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
+        """Rewards are known: change them, or add rows."""
+
+    def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
+        """Advantages are known: reshape them."""
+
+    def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
+        """The per-token terms of one slice: change the weights or add to the loss. Called once a slice."""
+
+
+def call(trainer: L.Trainer, hook: str, *args: Any) -> None:
+    """Calls `hook(trainer, module, *args)` on every callback that has it, in order, and last on the DataModule.
+
+    Logging inside a hook works wherever the caller may log. A LightningModule of your own joins with one line:
+    `lit_rl.hooks.call(self.trainer, "on_loss", experience, terms)`.
+    """
+    if hook not in HOOKS:
+        raise ValueError(f"there is no hook {hook!r}: the hooks are {', '.join(HOOKS)}")
+    for listener in (*trainer.callbacks, getattr(trainer, "datamodule", None)):  # type: ignore[attr-defined]
+        if (method := getattr(listener, hook, None)) is not None:
+            method(trainer, trainer.lightning_module, *args)

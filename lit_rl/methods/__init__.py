@@ -1,0 +1,3 @@
+"""One method a file; each is settings and, where its loss differs, a few lines."""
+
+__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "RLOO", "SFT", "DrGRPO", "ReinforcePP", "ReinforcePPBaseline"]

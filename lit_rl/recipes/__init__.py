@@ -1,0 +1,1 @@
+"""Recipes: YAML files that `--config NAME` finds; the first line says what each is."""

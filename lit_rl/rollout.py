@@ -1,0 +1,244 @@
+"""Rollout: the pipeline from tasks to a policy-gradient loss. Its methods differ in settings, not in code."""
+
+from __future__ import annotations
+
+import copy
+from hashlib import blake2b
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rl import hooks, objectives
+from lit_rl.advantage import ADVANTAGES
+from lit_rl.experience import Experience, Terms, build, concat
+from lit_rl.forward import Forward
+from lit_rl.policy import Aggregate, Policy
+from lit_rl.task import Task
+
+
+class Rollout(Policy):
+    """Policy-gradient learning from sampled responses:
+
+        tasks -> generate -> score -> on_rollout -> advantage -> on_advantage -> weights        (collect, once a batch)
+        forward -> terms -> on_loss -> (loss * weights).sum()                                   (loss, once a slice)
+
+    Args:
+        model: As in Policy; so are all further arguments.
+        group: Responses a prompt.
+        advantage: How rewards become advantages; a name in lit_rl.advantage.
+        aggregate: What a minibatch's loss is a mean over: "token" (all response tokens alike), "sequence" (tokens within a
+            response, then responses), "constant" (tokens over rows times `sampling.max_new_tokens`).
+        objective: "ppo" is the clipped surrogate, "cispo" the clipped importance weight, "reinforce" neither.
+        ratio: Of each "token", or one a "sequence" (GSPO).
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: And above 1 + clip_high.
+        dual_clip: For negative advantages the loss is at most this times |advantage| (Ye et al. 2020); None is off.
+        cap: Of CISPO's weight: an absolute value, at least 1.
+        kl_coef: Weight of the divergence from the reference policy, which is the policy before training; 0 needs none.
+        kl_estimator: Of that divergence (Schulman 2020; "k3+" has the value of k3 and the gradient of k2).
+        kl_in_reward: Subtract it from the reward instead of adding it to the loss.
+        entropy_coef: Weight of the entropy bonus.
+        old_logps: The denominator of the ratio: the "sampler"'s log-probabilities, those the trainer "recompute"s, or
+            "auto": the sampler's where they are exact, else the trainer's.
+        tis_cap: Truncated importance sampling: each token's loss times the ratio of the trainer's to the sampler's
+            probability, at most this; None is off. For engines whose log-probabilities differ from the trainer's.
+        mask_truncated: Responses cut off at the length limit give no gradient.
+        overlong_buffer: Share of `sampling.max_new_tokens` at its end in which a penalty grows from 0 to
+            `overlong_factor` (DAPO eq. 13); 0 is off.
+        overlong_factor: The penalty of the longest response.
+        dynamic_sampling: Replace groups whose rewards are all equal by groups of further prompts, until the batch is full.
+        max_rounds: How often dynamic sampling may ask for prompts, in all.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "tiny",
+        *,
+        group: int = 8,
+        advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"] = "grpo",
+        aggregate: Aggregate = "sequence",
+        objective: Literal["ppo", "cispo", "reinforce"] = "ppo",
+        ratio: Literal["token", "sequence"] = "token",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        cap: float = 5.0,
+        kl_coef: float = 0.0,
+        kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3",
+        kl_in_reward: bool = False,
+        entropy_coef: float = 0.0,
+        old_logps: Literal["auto", "sampler", "recompute"] = "auto",
+        tis_cap: float | None = None,
+        mask_truncated: bool = False,
+        overlong_buffer: float = 0.0,
+        overlong_factor: float = 1.0,
+        dynamic_sampling: bool = False,
+        max_rounds: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, **kwargs)
+        for name, value, fine, limit in [
+            ("group", group, group >= 1, "at least 1"),
+            ("advantage", advantage, advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}"),
+            ("cap", cap, cap >= 1, "at least 1: it caps the ratio itself, and below 1 it would scale down every token"),
+            ("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "above 1"),
+            ("clip_low", clip_low, 0 <= clip_low <= 1, "between 0 and 1"),
+            ("clip_high", clip_high, clip_high >= 0, "at least 0"),
+            ("tis_cap", tis_cap, tis_cap is None or tis_cap >= 1, "at least 1"),
+            ("overlong_buffer", overlong_buffer, 0 <= overlong_buffer <= 1, "a share between 0 and 1"),
+            ("max_rounds", max_rounds, max_rounds >= 1, "at least 1"),
+            ("dynamic_sampling", dynamic_sampling, not dynamic_sampling or group > 1, "off when group is 1: one reward is always equal to itself"),
+        ]:
+            if not fine:
+                raise ValueError(f"{name} is {value}: it must be {limit}")
+        self.group, self.advantage, self.aggregate, self.objective, self.ratio = group, advantage, aggregate, objective, ratio
+        self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap
+        self.kl_coef, self.kl_estimator, self.kl_in_reward, self.entropy_coef = kl_coef, kl_estimator, kl_in_reward, entropy_coef
+        self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
+        self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
+        self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
+        self.reference: nn.Module | None = None
+        if kl_coef:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            self.reference_terms = Forward(self.reference)
+
+    # ---------------------------------------------------------------- tasks to experience
+
+    def collect(self, tasks: list[Task]) -> Experience:
+        x = self.sample(tasks)
+        if not len(x):
+            return x
+        if round(self.overlong_buffer * self.sampling.max_new_tokens):
+            limit = self.sampling.max_new_tokens
+            x.rewards += objectives.overlong_penalty(x.response_lengths, limit, round(self.overlong_buffer * limit), self.overlong_factor)
+        if self.old_logps == "sampler" or (self.old_logps == "auto" and self.exact_sampler):
+            x.logps = x.sampler_logps
+        elif self.old_logps == "recompute" or self.epochs * self.minibatches > 1 or self.kl_in_reward:
+            x.logps = self.logps_of(self.token_terms, x)  # else the loss takes its own, detached: the same numbers
+        if self.reference is not None:
+            x.ref_logps = self.logps_of(self.reference_terms, x)
+            if self.kl_in_reward:
+                x.rewards -= self.kl_coef * objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
+        x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
+        hooks.call(self.trainer, "on_advantage", x)
+        if self.mask_truncated:
+            x.mask &= ~x.truncated[:, None]
+        self.log("reward", x.rewards[x.valid].mean() if x.valid.any() else 0.0, prog_bar=True)
+        return x
+
+    def sample(self, tasks: list[Task]) -> Experience:
+        """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
+
+        Raises RuntimeError when no group of `max_rounds` rounds does. Fewer than a full batch is counted, and trained on.
+        """
+        x = self.round(tasks)
+        if not self.dynamic_sampling:
+            return x
+        x = self.informative(x)
+        rounds, tried = 1, len(tasks)
+        while self.sum_over_ranks(len(x.tasks) < len(tasks)) and rounds < self.max_rounds:
+            more = self.more_tasks(len(tasks), rounds) if len(x.tasks) < len(tasks) else []
+            x = concat(x, self.informative(self.round(more)))
+            rounds, tried = rounds + 1, tried + len(more)
+        self.count("dynamic_sampling/rounds", rounds)
+        self.count("dynamic_sampling/missing", max(0, len(tasks) - len(x.tasks)))
+        if not self.sum_over_ranks(len(x.tasks)):
+            raise RuntimeError(
+                f"dynamic sampling found no group with different rewards in {tried} prompts ({rounds} rounds of {len(tasks)},"
+                f" {self.group} responses each): the tasks are all too hard or all too easy for the policy. Change their level,"
+                " warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
+            )
+        return x.groups(range(min(len(tasks), len(x.tasks))))
+
+    def round(self, tasks: list[Task]) -> Experience:
+        """Generates and scores; `on_rollout` has seen the result."""
+        tasks, prompts, completions = self.respond(tasks, self.group, "train")
+        flat = [c for group in completions for c in group]
+        index = [g for g, group in enumerate(completions) for _ in group]
+        x = build([prompts[g] for g in index], [c.tokens.tolist() for c in flat], index, tasks, self.tokenizer.pad_token_id or 0)
+        verdicts = self.score(tasks, completions)
+        x.verdicts = [v for group in verdicts for v in group]
+        x.texts = [c.text for c in flat]
+        x.rewards = torch.tensor([v.score for v in x.verdicts])
+        x.valid = torch.tensor([v.valid for v in x.verdicts], dtype=torch.bool)
+        x.truncated = torch.tensor([c.finish == "length" for c in flat], dtype=torch.bool)
+        if flat:
+            x.sampler_logps = torch.zeros(x.tokens.shape).masked_scatter(x.mask, torch.cat([c.logps for c in flat]))
+            kept = torch.cat([c.log_kept for c in flat])
+            x.log_kept = torch.zeros(x.tokens.shape).masked_scatter(x.mask, kept) if kept.any() else None
+            hooks.call(self.trainer, "on_rollout", x)
+        return x
+
+    def informative(self, x: Experience) -> Experience:
+        """The groups whose rewards differ."""
+        if not len(x):
+            return x
+        return x.groups([g for g in range(len(x.tasks)) if len(x.rewards[(x.group == g) & x.valid].unique()) > 1])
+
+    def more_tasks(self, n: int, round_: int) -> list[Task]:
+        """n further training tasks, a function of (seed, step, round, rank): nothing to remember for a resume."""
+        loader: Any = self.trainer.train_dataloader
+        data = getattr(loader, "dataset", None)
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise TypeError(f"dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and indices, not {type(data).__name__}")
+        key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}\0{self.global_rank}"
+        rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
+        return [data[i] for i in rng.sample(range(len(data)), min(n, len(data)))]
+
+    @property
+    def exact_sampler(self) -> bool:
+        """Whether the sampler's log-probabilities are those of the training forward, up to float32 rounding."""
+        single = self.trainer.precision == "32-true" and next(self.model.parameters()).dtype == torch.float32
+        return single and getattr(self.generator, "exact", False)
+
+    @torch.no_grad()
+    def logps_of(self, forward: Forward, x: Experience) -> Tensor:
+        """(N, T) log-probabilities under a frozen model, slice by slice."""
+        result = torch.zeros(x.tokens.shape)
+        x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
+        with self.precision():
+            for part in self.slices(x, torch.arange(len(x))):
+                logps, _ = forward(part.to(self.device), self.temperature)
+                result[part.extra["_row"], : logps.shape[1]] = logps.cpu()
+        return result
+
+    # ---------------------------------------------------------------- experience to loss
+
+    def has_gradient(self, x: Experience) -> Tensor:
+        weighted = super().has_gradient(x)
+        every = (self.kl_coef and not self.kl_in_reward) or self.entropy_coef
+        if every or any(getattr(c, "needs_all_rows", False) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return weighted
+        assert x.advantages is not None
+        return weighted & (x.advantages != 0).any(1)
+
+    def loss(self, x: Experience) -> Tensor:
+        terms = self.terms(x)
+        hooks.call(self.trainer, "on_loss", x, terms)
+        return terms.total()
+
+    def terms(self, x: Experience) -> Terms:
+        """The per-token loss of a slice, before any callback."""
+        assert x.weights is not None and x.advantages is not None
+        logps, entropy = self.token_terms(x, self.temperature)
+        old = logps.detach() if x.logps is None else x.logps
+        log_ratio = objectives.log_ratio(logps, old, x.mask, self.ratio)
+        loss, clipped = self.surrogate(log_ratio, logps, x)
+        if self.tis_cap is not None and x.sampler_logps is not None:
+            loss = loss * objectives.truncated_importance(old, x.sampler_logps, x.mask, level="token", cap=self.tis_cap)
+        if x.ref_logps is not None and not self.kl_in_reward:
+            loss = loss + self.kl_coef * objectives.kl(logps, x.ref_logps, x.mask, self.kl_estimator)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy
+        return Terms(logps, entropy if self.entropy_coef else entropy.detach(), loss, x.weights, log_ratio.detach(), clipped)
+
+    def surrogate(self, log_ratio: Tensor, logps: Tensor, x: Experience) -> objectives.Objective:
+        """(N, T) loss and where its clip is active. What a method with another objective overrides."""
+        assert x.advantages is not None
+        if self.objective == "cispo":
+            return objectives.cispo(log_ratio, logps, x.advantages, x.mask, self.cap)
+        if self.objective == "reinforce":
+            return objectives.Objective(-x.advantages * logps, torch.zeros_like(x.mask))
+        return objectives.ppo(log_ratio, x.advantages, self.clip_low, self.clip_high, self.dual_clip)

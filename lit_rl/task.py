@@ -1,0 +1,80 @@
+"""Task: a prompt, what is known of good responses, and how to score one. Plain data: no torch, no Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, str]
+"""One chat turn: `{"role": "user", "content": "..."}`."""
+
+
+@dataclass
+class Verdict:
+    """What a verifier says of one response."""
+
+    correct: bool
+    score: float
+    """In [0, 1] for the built-in verifiers; the reward before shaping."""
+    answer: str | None = None
+    """The parsed answer in canonical form, which is what votes are counted over; None when nothing parsed."""
+    reason: str = ""
+    """Why the response is not right, or why the verifier could not tell."""
+    valid: bool = True
+    """False when the verifier itself failed or timed out: such a row is masked, never rewarded with zero."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named components of the score, logged side by side."""
+
+    @staticmethod
+    def invalid(reason: str) -> Verdict:
+        """The verifier failed: nothing is known of the response."""
+        return Verdict(False, 0.0, None, reason, valid=False)
+
+    @staticmethod
+    def of(value: Any) -> Verdict:
+        """A verdict from whatever a scoring function returned.
+
+        Accepts a Verdict, a bool, a finite number (correct when it is at least 1), a mapping of named numbers (their
+        sum is the score), or None ("cannot tell", which is invalid). NaN and anything else are invalid, with a reason.
+        """
+        if isinstance(value, Verdict):
+            return value if math.isfinite(value.score) else Verdict.invalid(f"the verifier's score is {value.score}")
+        if value is None:
+            return Verdict.invalid("the verifier returned None")
+        if isinstance(value, Mapping):
+            parts = {str(k): float(v) for k, v in value.items()}
+            return Verdict(**{**vars(Verdict.of(sum(parts.values()))), "parts": parts})
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            return Verdict.invalid(f"the verifier returned a {type(value).__name__}: expected a Verdict or a number")
+        if not math.isfinite(score):
+            return Verdict.invalid(f"the verifier returned {score}")
+        return Verdict(score >= 1.0, score)
+
+
+@dataclass
+class Task:
+    """What every DataModule yields. Must stay picklable and not frozen (Lightning rebuilds containers in a batch)."""
+
+    prompt: str | list[Message]
+    score: Callable[[str], Any] | None = None
+    """Scores the text of one response; anything `Verdict.of` takes. None: the task is only good for imitation."""
+    responses: list[str] = field(default_factory=list)
+    """Known responses: worked solutions, demonstrations, the two sides of a preference pair."""
+    rewards: list[float] = field(default_factory=list)
+    """One reward a response; empty when all are simply good."""
+    family: str = ""
+    """The group by which results are reported, such as a bootcamp family or a data set's name."""
+    id: str = ""
+    """Names the task in logs and seeds its sampling; the prompt itself when empty."""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The prompt as plain text, for logs."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
+
+    def key(self) -> str:
+        return self.id or self.text()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# From nothing to a language model that learned by reinforcement: installs into .venv, warm-starts, trains, evaluates.
+# Results: runs/quickstart/summary.json and runs/quickstart/report.html. Arguments go to scripts/quickstart.py.
+set -euo pipefail
+source "$(dirname "$0")/env.sh" ""
+exec .venv/bin/python scripts/quickstart.py "$@"

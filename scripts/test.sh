@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Makes the environment if needed and runs the whole test suite; arguments go to pytest, such as `-k bootcamp`.
+set -euo pipefail
+source "$(dirname "$0")/env.sh" "[dev]"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,14 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy box are ten times slower than one
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """No test writes into the checkout, and one test's global seed is not another's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)

@@ -1,0 +1,250 @@
+"""The inner loop keeps Lightning's contract and the weights keep theirs."""
+
+import copy
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from lit_rl import GRPO, SFT, DrGRPO, RLCallback, Sampling, Task
+from lit_rl.datamodules.base import TaskData
+from lit_rl.methods.dapo import DAPO
+from lit_rl.rollout import Rollout
+
+
+class Letters(TaskData):
+    """Which letter? Half of the alphabet is right, so that groups differ."""
+
+    def __init__(self, n=64, batch_size=4, score=None):
+        super().__init__(batch_size)
+        self.n, self.score = n, score
+
+    def tasks(self, split):
+        score = self.score or (lambda text: float(bool(text) and text[0] < "N"))
+        return [Task(f"{split} {i}: " + "ab" * (i % 5), score, [f"<answer>{i}</answer>", "no"]) for i in range(self.n)]
+
+
+def trainer(**kwargs):
+    defaults = dict(max_steps=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                    enable_model_summary=False, limit_val_batches=0)  # fmt: skip
+    return L.Trainer(**{**defaults, **kwargs})
+
+
+def policy(method=Rollout, **kwargs):
+    torch.manual_seed(0)
+    return method("tiny", **{"group": 4, "lr": 1e-3, "sampling": Sampling(max_new_tokens=6), **kwargs})
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+class Gradients(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen.append(torch.cat([p.grad.flatten() for p in module.model.parameters()]))
+
+
+METHODS = {
+    "token": dict(aggregate="token"),
+    "sequence": dict(aggregate="sequence"),
+    "constant": dict(aggregate="constant"),
+    "gspo": dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+    "cispo": dict(objective="cispo"),
+    "kl": dict(kl_coef=0.1, entropy_coef=0.01),
+    "epochs": dict(epochs=2, minibatches=2, dual_clip=3.0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gradient_does_not_depend_on_the_split(name):
+    seen = {}
+    for tokens in (1, 60, 10**6):  # a row at a time, a few, all at once
+        recorder = Gradients()
+        trainer(max_steps=1, callbacks=[recorder]).fit(policy(microbatch_tokens=tokens, **METHODS[name]), Letters())
+        seen[tokens] = recorder.seen
+    steps = METHODS[name].get("epochs", 1) * METHODS[name].get("minibatches", 1)
+    assert [len(s) for s in seen.values()] == [steps] * 3
+    for tokens in (1, 60):
+        for got, want in zip(seen[tokens], seen[10**6], strict=True):
+            assert want.norm() > 0
+            assert (got - want).norm() / want.norm() < 2e-5
+
+
+def test_sft_gradient_is_the_mean_over_all_response_tokens():
+    recorder = Gradients()
+    module = policy(SFT, group=None) if False else SFT("tiny", lr=1e-3, sampling=Sampling(max_new_tokens=6), microbatch_tokens=100)
+    reference = copy.deepcopy(module.model)
+    trainer(max_steps=1, callbacks=[recorder]).fit(module, Letters(batch_size=3))
+    losses, count = [], 0
+    for task in Letters().tasks("train")[:3]:
+        for response in task.responses:
+            prompt = module.tokenizer(task.prompt + "\n")["input_ids"]
+            answer = [*module.tokenizer(response)["input_ids"], module.tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + answer])
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            losses.append(reference(ids, labels=labels).loss * len(answer))
+            count += len(answer)
+    (sum(losses) / count).backward()
+    want = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    assert (recorder.seen[0] - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(), dict(temperature=0.6), dict(temperature=1.3), dict(top_p=0.8), dict(top_k=7), dict(min_p=0.01, temperature=0.6), dict(top_p=0.9, top_k=20)],
+)
+def test_on_policy_the_ratio_is_one(sampling):
+    class Watch(RLCallback):
+        worst = 0.0
+
+        def on_loss(self, trainer, module, x, terms):
+            assert (terms.logps[x.mask] <= 1e-5).all()
+            self.worst = max(self.worst, float(terms.log_ratio.abs().max()))
+
+    watch = Watch()
+    trainer(callbacks=[watch], max_steps=1).fit(policy(sampling=Sampling(max_new_tokens=12, **sampling)), Letters())
+    assert 0 < watch.worst < 1e-5
+
+
+def test_same_seed_same_bits_and_another_seed_other_ones():
+    runs = []
+    for seed in (0, 0, 1):
+        module = policy(seed=seed)
+        trainer(max_steps=3).fit(module, Letters())
+        runs.append(weights(module))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_accumulate_grad_batches_is_refused():
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches is 2: .*microbatch_tokens"):
+        trainer(accumulate_grad_batches=2).fit(policy(), Letters())
+
+
+def test_batches_must_be_tasks():
+    class Numbers(Letters):
+        def tasks(self, split):
+            return [1, 2, 3, 4]
+
+    with pytest.raises(TypeError, match=r"lists of lit_rl\.Task"):
+        trainer().fit(policy(), Numbers())
+
+
+def test_without_signal_nothing_moves():
+    module = policy(weight_decay=0.1)
+    before = weights(module).clone()
+    trainer().fit(module, Letters(score=lambda text: 0.0))
+    assert torch.equal(before, weights(module))
+    assert module.counts["skipped/no_signal"] == 1
+
+
+def test_a_failing_verifier_is_masked():
+    def broken(text):
+        raise RuntimeError("boom")
+
+    module = policy()
+    before = weights(module).clone()
+    with pytest.warns(UserWarning, match="16 responses could not be scored.*RuntimeError: boom"):
+        trainer(max_steps=1).fit(module, Letters(score=broken))
+    assert torch.equal(before, weights(module))
+    assert module.counts["skipped/verifier_failed"] == 16
+
+
+def test_prompts_that_do_not_fit_are_counted():
+    class Long(Letters):
+        def tasks(self, split):
+            tasks = super().tasks(split)
+            tasks[0].prompt = "x" * 3000
+            return tasks
+
+    module = policy()
+    with pytest.warns(UserWarning, match="left out 1 of 4 prompts: the longest has 3001 tokens, and the model's context of 2048"):
+        trainer(max_steps=1).fit(module, Long())
+    assert module.counts["skipped/prompt_too_long"] == 1
+
+
+def test_a_step_without_any_prompt_is_survived():
+    class Long(Letters):
+        def tasks(self, split):
+            return [Task("x" * 3000, lambda text: 1.0)] * 8
+
+    module = policy()
+    before = weights(module).clone()
+    trainer(max_steps=2).fit(module, Long())
+    assert torch.equal(before, weights(module))
+
+
+def test_dynamic_sampling_asks_for_more():
+    sizes = []
+
+    class Watch(RLCallback):
+        def on_advantage(self, trainer, module, x):
+            sizes.append((len(x.tasks), len(x), int((x.advantages.abs().sum(1) > 0).sum())))
+
+    module = policy(DAPO)
+    trainer(max_steps=2, callbacks=[Watch()]).fit(module, Letters())
+    assert sizes == [(4, 16, 16)] * 2
+    assert module.counts["dynamic_sampling/rounds"] >= 1
+
+
+def test_dynamic_sampling_is_bounded():
+    with pytest.raises(RuntimeError, match=r"no group with different rewards in 12 prompts \(3 rounds of 4"):
+        trainer().fit(policy(DAPO, max_rounds=3), Letters(score=lambda text: 1.0))
+
+
+def test_reference_stays_and_the_divergence_starts_at_zero():
+    module = policy(GRPO)
+    start = weights(module).clone()
+    trainer(max_steps=2).fit(module, Letters())
+    assert torch.equal(start, torch.cat([p.flatten() for p in module.reference.parameters()]))
+    assert not torch.equal(start, weights(module))
+    assert not any(p.requires_grad for p in module.reference.parameters())
+
+
+def test_overlong_and_masked_truncation():
+    seen = []
+
+    class Watch(RLCallback):
+        def on_advantage(self, trainer, module, x):
+            seen.append(x)
+
+    def one(text):
+        return 1.0
+
+    module = policy(DrGRPO, overlong_buffer=0.5, mask_truncated=True)
+    trainer(max_steps=1, callbacks=[Watch()]).fit(module, Letters(score=one))
+    (x,) = seen
+    want = 1 + ((3 - x.response_lengths.float()) / 3).clamp(max=0)
+    assert torch.allclose(x.rewards, want)
+    assert x.truncated.any()
+    assert not x.mask[x.truncated].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(cap=0.2), "cap is 0.2: it must be at least 1"),
+        (dict(group=0), "group is 0"),
+        (dict(group=1, dynamic_sampling=True), "off when group is 1"),
+        (dict(advantage="gropo"), "advantage is gropo: it must be one of grpo"),
+        (dict(dual_clip=0.5), "dual_clip is 0.5: it must be above 1"),
+        (dict(epochs=0), "epochs is 0"),
+        (dict(overlong_buffer=4096), "a share between 0 and 1"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**settings)
+
+
+def test_options_stay_few():
+    from lit_rl.cli import METHODS as ALL
+    from jsonargparse import ArgumentParser
+
+    for method in ALL.values():
+        parser = ArgumentParser()
+        parser.add_class_arguments(method, "m")
+        assert len([a for a in parser._actions if a.dest.startswith("m.")]) <= 60

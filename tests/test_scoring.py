@@ -1,0 +1,89 @@
+"""Scoring survives whatever a verifier does."""
+
+import os
+import subprocess
+import time
+
+import pytest
+
+from lit_rl.scoring import Scorer
+from lit_rl.task import Verdict
+
+
+def hang(text):
+    while True:
+        time.sleep(1)
+
+
+def eat(text):
+    hoard = []
+    while True:
+        hoard.append(bytearray(2**24))
+
+
+def die(text):
+    os._exit(3)
+
+
+def fail(text):
+    raise RuntimeError("no such table")
+
+
+GOOD = [(lambda text: Verdict(text == "yes", float(text == "yes"), text), "yes"), (lambda text: 0.5, "x")]
+
+
+def test_bad_items_are_invalid_and_good_ones_are_not_lost():
+    items = [GOOD[0], (hang, "a"), (die, "b"), (fail, "c"), (lambda t: float("nan"), "d"), (lambda t: None, "e"), GOOD[1]]
+    verdicts = Scorer(timeout=0.5)(items)
+    assert [v.valid for v in verdicts] == [True, False, False, False, False, False, True]
+    assert verdicts[0] == Verdict(True, 1.0, "yes")
+    assert verdicts[-1] == Verdict(False, 0.5)
+    assert [v.reason for v in verdicts[1:6]] == [
+        "the verifier took more than 0.5 s",
+        "the verifier's process died (exit code 3)",
+        "RuntimeError: no such table",
+        "the verifier returned nan",
+        "the verifier returned None",
+    ]
+
+
+def test_memory_is_bounded():
+    verdict, after = Scorer(timeout=20, memory_mb=256)([(eat, "a"), GOOD[0]])
+    assert not verdict.valid
+    assert "MemoryError" in verdict.reason
+    assert after.correct
+
+
+def test_grandchildren_die_with_their_parent():
+    def spawn(text):
+        subprocess.Popen(["sleep", "987"])
+        time.sleep(60)
+
+    Scorer(timeout=0.5)([(spawn, "a")])
+    time.sleep(0.2)
+    assert subprocess.run(["pgrep", "-f", "sleep 987"], capture_output=True).stdout == b""
+
+
+@pytest.mark.parametrize("workers", [1, 3, 50])
+def test_order_and_workers(workers):
+    items = [(lambda text: {"length": len(text) / 100, "half": 0.25}, "x" * i) for i in range(40)]
+    verdicts = Scorer(workers=workers)(items)
+    assert [v.score for v in verdicts] == pytest.approx([i / 100 + 0.25 for i in range(40)])
+    assert verdicts[3].parts == {"length": 0.03, "half": 0.25}
+
+
+def test_inline_keeps_state_and_isolates_errors():
+    calls = []
+
+    def count(text):
+        calls.append(text)
+        return 1.0
+
+    verdicts = Scorer(where="inline")([(count, "a"), (fail, "b"), (count, "c")])
+    assert calls == ["a", "c"]
+    assert [v.valid for v in verdicts] == [True, False, True]
+
+
+def test_limits_are_checked():
+    with pytest.raises(ValueError, match="timeout > 0"):
+        Scorer(timeout=0)
