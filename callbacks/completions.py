@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 
-from lit_rl import run
+from lit_rl import jsonl, run
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
 
@@ -36,8 +35,10 @@ class Completions(RLCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         name = run.COMPLETIONS if trainer.global_rank == 0 else f"completions.rank{trainer.global_rank}.jsonl"
         self._path = run.folder(trainer) / name
-        run.refuse_other_run(self._path, resuming=trainer.global_step > 0)
-        run.rewind(self._path, trainer.global_step)
+        if trainer.global_step:
+            jsonl.rewind(self._path, trainer.global_step)
+        else:
+            run.refuse_other_run(self._path)
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
         step = trainer.global_step
@@ -47,9 +48,7 @@ class Completions(RLCallback):
             return
         records = self.records(experience, step)
         if write and self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            jsonl.append(self._path, records)
         if trainer.is_global_zero:
             if show:
                 self._print(trainer, records)

@@ -38,6 +38,7 @@ class Bootcamp(TaskData):
         val_size: Validation tasks.
         test_size: Test tasks.
         seed: Of the training tasks; the held-out ones are always the same.
+        hint: Whether prompts end with how to answer. A model that was warm-started on worked solutions knows, and reads less.
         adaptive: Start each family at the lowest level and raise it by one, up to the highest, whenever
             `promote_at` of its last `window` responses at the current level are right. Training only.
         promote_at: Share of right responses.
@@ -54,6 +55,7 @@ class Bootcamp(TaskData):
         val_size: int = 200,
         test_size: int = 400,
         seed: int = 0,
+        hint: bool = True,
         adaptive: bool = False,
         promote_at: float = 0.9,
         window: int = 128,
@@ -75,7 +77,7 @@ class Bootcamp(TaskData):
             raise ValueError(f"size is {size}: at most {STRIDE}")
         if not 0 < promote_at <= 1:
             raise ValueError(f"promote_at is {promote_at}: it must be a share above 0 and at most 1")
-        self.low, self.high, self.size, self.seed = low, high, size, seed
+        self.low, self.high, self.size, self.seed, self.hint = low, high, size, seed, hint
         self.sizes = {"train": size, "validation": val_size, "test": test_size}
         self.adaptive, self.promote_at, self.window = adaptive, promote_at, window
         self.current = {member.name: low for member in self.weights}
@@ -130,12 +132,12 @@ class _Split:
         levels = data.high - data.low + 1
         if self.split != "train":
             turn, place = divmod(index, len(self.members))
-            return draw(self.members[place], self.split, data.low + turn % levels, turn // levels).task()  # type: ignore[arg-type]
+            return draw(self.members[place], self.split, data.low + turn % levels, turn // levels).task(data.hint)  # type: ignore[arg-type]
         number = index + STRIDE * data.seed
         chance = [int.from_bytes(blake2b(f"{number}/{what}".encode(), digest_size=8).digest(), "big") / 2**64 for what in ("family", "level")]
         member = self.members[bisect(self.cumulative, chance[0] * self.cumulative[-1], hi=len(self.members) - 1)]
         level = data.current[member.name] if data.adaptive else data.low + int(chance[1] * levels)
-        return draw(member, "train", level, number).task()
+        return draw(member, "train", level, number).task(data.hint)
 
 
 def _resolve(names: list[str] | dict[str, float]) -> dict[Family, float]:

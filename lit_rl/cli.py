@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import lit_rl.callbacks
 import lit_rl.datamodules
-from lit_rl import methods, run
+from lit_rl import jsonl, methods, run
 from lit_rl.commands import COMMANDS, recipe_paths
 from lit_rl.run import RunLogger
 
@@ -65,17 +65,17 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run.folder(trainer)
-        if stage == "fit" and isinstance(trainer.logger, RunLogger) and not trainer.fast_dev_run:
-            run.refuse_other_run(folder / run.METRICS, resuming=trainer.ckpt_path is not None)
+        if stage == "fit" and isinstance(trainer.logger, RunLogger) and trainer.ckpt_path is None:
+            run.refuse_other_run(folder / "config.yaml")
         if trainer.is_global_zero and not trainer.fast_dev_run:
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(trainer.logger, RunLogger):
-            run.rewind(run.folder(trainer) / run.METRICS, trainer.global_step)
-            run.rewind(run.folder(trainer) / run.EVALUATIONS, trainer.global_step)
+        if trainer.is_global_zero and trainer.global_step and isinstance(trainer.logger, RunLogger):
+            for name in (run.METRICS, run.EVALUATIONS):
+                jsonl.rewind(Path(trainer.logger.save_dir) / name, trainer.global_step)
 
 
 class CLI(LightningCLI):

@@ -81,8 +81,8 @@ def load(
     except OSError as error:  # what transformers raises for a repository or a file that it cannot get
         raise ValueError(f"cannot load the model '{name}': {error}\n{EXPECTED}") from error
     tok = _load_tokenizer(tokenizer or name, trust_remote_code)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer and len(tok) > rows:
+    embeddings: Any = model.get_input_embeddings()
+    if tokenizer and len(tok) > (rows := embeddings.weight.shape[0]):
         raise ValueError(f"the tokenizer '{tokenizer}' has {len(tok)} tokens, the model '{name}' knows only {rows}")
     return model, tok
 
@@ -139,15 +139,16 @@ def _load_gguf(folder: str, file: str, options: dict[str, Any]) -> PreTrainedMod
 
     if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
         raise ValueError(f"to read '{file}', transformers needs other packages: pip install {' '.join(missing)}")
+    unpack = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, if not told otherwise
-        options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
-    config = packed.config.to_dict()
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    marked = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options, **unpack)
+    config = marked.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
-    clean, weights = type(packed.config).from_dict(config), packed.state_dict()
-    options = options | {"dtype": packed.dtype, "quantization_config": None}
-    return type(packed).from_pretrained(None, config=clean, state_dict=weights, **options)
+    model = transformers.AutoModelForCausalLM.from_config(type(marked.config).from_dict(config), **options)
+    model.load_state_dict(marked.state_dict())
+    return model.eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
@@ -194,7 +195,13 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[i
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a completion: the tokenizer's first, then those of the model's generation config."""
-    return _eos_token_ids(tokenizer, getattr(model, "generation_config", None) or model.config)
+    return _eos_token_ids(tokenizer, _generation_config(model))
+
+
+def _generation_config(model: PreTrainedModel) -> Any:
+    from transformers import GenerationConfig
+
+    return getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
@@ -279,25 +286,27 @@ def export(
             raise ValueError(
                 f"cannot export to '{folder}': it holds something that is not a model, so it is not replaced"
             )
+    eos, pad, generation = eos_token_ids(model, tokenizer), tokenizer.pad_token_id, _generation_config(model)
+    settings = json.loads(generation.to_json_string())
+    settings.pop("_from_model_config", None)
+    settings |= {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {}
+    settings |= {"pad_token_id": pad} if pad is not None else {}
     new, old = (folder.with_name(f".{folder.name}.{what}-{uuid.uuid4().hex[:8]}") for what in ("new", "old"))
     try:
         new.mkdir(parents=True)
+        model.generation_config = type(generation)()  # transformers refuses to save some that it loads, so we do
         model.save_pretrained(new)
+        (new / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tokenizer.save_pretrained(new)
-        file = new / "generation_config.json"
-        generation = json.loads(file.read_text()) if file.is_file() else {}
-        generation.pop("_from_model_config", None)
-        if eos := eos_token_ids(model, tokenizer):
-            generation["eos_token_id"] = eos if len(eos) > 1 else eos[0]
-        if tokenizer.pad_token_id is not None:
-            generation["pad_token_id"] = tokenizer.pad_token_id
-        file.write_text(json.dumps(generation, indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        model.generation_config = generation
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
@@ -309,11 +318,10 @@ def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
-    generation = getattr(model, "generation_config", None)
     return {
         "architecture": type(model).__name__,
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
-        "generation_config": json.loads(generation.to_json_string()) if generation else None,
+        "config": json.loads(model.config.to_json_string(use_diff=False)) | {"dtype": str(model.dtype).split(".")[-1]},
+        "generation_config": json.loads(_generation_config(model).to_json_string()),
         "tokenizer": files,
     }
 
@@ -333,14 +341,14 @@ def from_checkpoint_state(state: dict[str, Any]) -> tuple[PreTrainedModel, PreTr
                 raise ValueError(f"the checkpoint's tokenizer has a file outside its folder: '{name}'")
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(content)
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config.name_or_path = tokenizer.name_or_path = state["config"].get("_name_or_path", "")
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=state["config"]["dtype"]).eval()
     if type(model).__name__ != state["architecture"]:
         raise ValueError(
             f"the checkpoint holds a {state['architecture']}, but its config builds a {type(model).__name__}: "
             "load the original with lit_rl.models.load and put the checkpoint's weights into it"
         )
-    if state["generation_config"] is not None:
-        model.generation_config = GenerationConfig.from_dict(state["generation_config"])
+    model.generation_config = GenerationConfig.from_dict(state["generation_config"])
     return model, tokenizer

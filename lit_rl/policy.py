@@ -22,7 +22,7 @@ from lit_rl import models, run
 from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion, Generator, Sampling
-from lit_rl.metrics import Evaluation
+from lit_rl.metrics import Evaluation, Table
 from lit_rl.objectives import token_weights
 from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
@@ -106,7 +106,7 @@ class Policy(L.LightningModule):
         models.disable_dropout(self.model)  # on-policy, the ratio must be one
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.eos = models.eos_token_ids(self.model, self.tokenizer)
+        self.eos = models.prepare_tokenizer(self.tokenizer, getattr(self.model, 'generation_config', None) or self.model.config)
         self.token_terms = Forward(self.model)
         if generator is None:
             from lit_rl.generation.native import NativeGenerator
@@ -114,6 +114,8 @@ class Policy(L.LightningModule):
             generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode)
         self.generator: Generator = generator
         self.evaluation = Evaluation()
+        self.table = Table([])
+        """Of the latest evaluation."""
         self.counts: dict[str, float] = {}
         """Events of one experience, such as prompts that are too long; logged once a step."""
         self.seconds: dict[str, float] = {}
@@ -380,10 +382,10 @@ class Policy(L.LightningModule):
         self._report("test")
 
     def _report(self, stage: str) -> None:
-        table = self.evaluation.compute()
+        self.table = self.evaluation.compute()
         self.evaluation.reset()
-        run.save_evaluation(self.trainer, stage, table)
-        for name, value in table.scalars().items():
+        run.save_evaluation(self.trainer, stage, self.table)
+        for name, value in self.table.scalars().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "pass@1", sync_dist=False)
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:

@@ -7,59 +7,67 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from html import escape
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 Points = list[tuple[float, float]]
 """(step, value), in order of steps; a value may be NaN or infinite."""
-
+FILES = ("metrics.jsonl", "metrics.csv", "evaluations.jsonl", "completions.jsonl")
 MAIN = {  # title: (names as a regular expression, y axis, how to get them)
     "Reward": (r"reward", "mean of a step", "Methods of reinforcement learning log it; SFT has none."),
     "Validation": (r"val/(pass|maj)@\d+", "share of tasks", "Set the Trainer's val_check_interval."),
     "Entropy": (r"entropy", "nats a token", "Add the EntropyMonitor callback."),
     "Response length": (r"length/mean", "tokens, mean of a step", "Add the RolloutStats callback."),
     "Loss": (r"loss|train_loss|train/loss", "mean of a step", "Every method of lit-rl logs “loss”."),
+    "Gradient norm": (r"grad_norm", "before clipping", "Add the RolloutStats callback."),
 }
 FURTHER = {  # title: {names as a regular expression: y axis}
     "Reward by family": {r"reward/.+": "mean of a step", r"reward_std": "of all responses"},
     "Validation by family": {r"val/pass@1/.+": "share of responses"},
     "Groups and verifier": {r"groups/.+": "share of groups", r"invalid": "share of responses", r"skipped/.+": "events"},
     "Ratio and clipping": {r"ratio/.+": "policy / old policy", r"clip_fraction": "share of tokens", r"ess": "share"},
-    "Optimisation": {r"grad_norm": "before clipping", r"lr\b.*": "learning rate"},
     "Length": {r"length/max": "tokens", r"length/truncated": "share of responses"},
     "Time": {r"seconds/.+": "seconds a step", r"tokens_per_second": "response tokens"},
 }
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 216, 50, 14, 10, 32
-SMOOTH_FROM, DRAWN, STRIPS = 30, 600, 60
-"""Points above which a moving average is drawn; points drawn of a curve, at most; tooltips of a chart, at most."""
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 216, 54, 466, 10, 184
+SMOOTH_FROM, DRAWN, TOOLTIPS, FOLDED = 30, 600, 60, 600
+"""Points above which a moving average is drawn; points and tooltips of a chart, at most; characters before a fold."""
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c2126;--dim:#5b6570;--line:#dfe3e8;--good:#00664b;--bad:#a84300;--c0:#0072b2;
---c1:#d55e00;--c2:#009e73;--c3:#b8578f;--c4:#a87900;--c5:#3b9bd4;--c6:#5b4fa8;--c7:#6b6b6b}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e4e8ec;--dim:#98a3ae;--line:#2f373f;--good:#4fd1a5;
---bad:#ff9a5c;--c0:#58b0ee;--c1:#ff8a47;--c2:#35c79a;--c3:#e08dbd;--c4:#e6b422;--c5:#9ad4f5;--c6:#a79bf0;--c7:#b0b0b0}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:1120px;padding:2rem 1.25rem 4rem;background:var(--bg);
-color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-h1{font-size:1.9rem;line-height:1.2;margin:0}h2{font-size:1.3rem;margin:2.6rem 0 .5rem}h3{font-size:1rem;margin:1.4rem 0 .4rem}
-p{margin:.4rem 0}.dim,dt,thead th,.y-axis{color:var(--dim);font-size:.84rem;font-weight:400}.wrong{color:var(--bad)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:.7rem 1.2rem;margin:1.2rem 0;padding:.9rem 1rem}
-dl,figure,.card{border:1px solid var(--line);border-radius:8px}dd{margin:0;overflow-wrap:anywhere}.right{color:var(--good)}
+:root{color-scheme:light dark;--bg:#fff;--fg:#1c2126;--dim:#5b6570;--line:#dfe3e8;--good:#00664b;--bad:#a84300;
+--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b8578f;--c4:#a87900;--c5:#3b9bd4;--c6:#5b4fa8;--c7:#6b6b6b}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e4e8ec;--dim:#98a3ae;--line:#2f373f;
+--good:#4fd1a5;--bad:#ff9a5c;--c0:#58b0ee;--c1:#ff8a47;--c2:#35c79a;--c3:#e08dbd;--c4:#e6b422;--c5:#9ad4f5;
+--c6:#a79bf0;--c7:#b0b0b0}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:1120px;padding:2rem 1.25rem 4rem;color:var(--fg);
+background:var(--bg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+h1{font-size:1.9rem;line-height:1.2;margin:0}h2{font-size:1.3rem;margin:2.6rem 0 .5rem}
+h3{font-size:1rem;margin:1.4rem 0 .4rem}p{margin:.4rem 0}
+.dim,dt,thead th{color:var(--dim);font-size:.84rem;font-weight:400;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(145px,1fr));gap:.7rem 1.2rem;margin:1rem 0;padding:.9rem}
+dl,figure,.card{border:1px solid var(--line);border-radius:8px}dd{margin:0;overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:1rem;margin:.8rem 0}
-figure,.card{margin:0;padding:.8rem .9rem;break-inside:avoid;min-width:0}.card{margin:.8rem 0}figcaption{font-weight:600}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font-size:12px}.rule{stroke:var(--line)}.zero{stroke:var(--dim)}
-polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:round}circle{fill:var(--c)}
+figure,.card{margin:0;padding:.8rem .9rem;break-inside:avoid;min-width:0}.card{margin:.8rem 0}
+figcaption{font-weight:600}svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font-size:12px}
+line{stroke:var(--line)}
+polyline,path{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+circle{fill:var(--c)}.zero{stroke:var(--dim)}
 .raw{stroke-width:1;stroke-opacity:.4}.d1{stroke-dasharray:7 4}.d2{stroke-dasharray:1 4}
-.hit{fill:transparent}.hit:hover{fill:var(--fg);fill-opacity:.1}
+rect{fill:transparent}rect:hover{fill:var(--fg);fill-opacity:.1}li svg{display:inline-block;width:22px;height:8px}
 ul{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.82rem;margin:.3rem 0 0;padding:0;list-style:none}
-li svg{display:inline-block;width:22px;height:8px;margin-right:.35rem;vertical-align:middle}
 details{margin:.7rem 0}summary{cursor:pointer;overflow-wrap:anywhere}details[open]>summary>.start{display:none}
 .group{border-top:1px solid var(--line);padding-top:.7rem}.group>summary{font-weight:600}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%;font-size:.92rem}td svg{width:150px}
-th,td{padding:.35rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);font-weight:400}
-tr>:first-child{text-align:left}tbody tr:last-child>*{border-top:2px solid var(--dim);font-weight:600}
-.badge{font-weight:600;padding:.1rem .5rem;margin-right:.5rem;border:1.5px solid;border-radius:99px}.who{margin:.7rem 0 .1rem}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%;font-size:.92rem}th,td{white-space:nowrap}
+thead th{overflow-wrap:normal}.text+.dim{margin-top:.7rem}dl:empty{display:none}
+th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);font-weight:400;vertical-align:bottom}
+tr>:first-child{text-align:left;padding-left:0}tbody tr:last-child>*{border-top:2px solid var(--dim);font-weight:600}
+.badge{font-weight:600;padding:.1rem .5rem;margin-right:.5rem;border:1.5px solid;border-radius:99px}
+.right{color:var(--good)}.right::before{content:"✓ "}.wrong{color:var(--bad)}.badge.wrong::before{content:"✗ "}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font:.86rem/1.5 ui-monospace,Menlo,monospace}
 @media print{body{max-width:none;padding:0;font-size:12px}.grid{grid-template-columns:1fr 1fr}
 details::details-content{content-visibility:visible;block-size:auto}}
 """
@@ -71,31 +79,31 @@ HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Writes one self-contained HTML page of the run in folder `run`, to `out` or run/report.html; returns its path."""
     run = Path(run)
-    names = ("metrics.jsonl", "metrics.csv", "evaluations.jsonl", "completions.jsonl")
-    if not any((run / name).is_file() for name in names):
-        below = sorted({str(p.parent) for name in names for depth in ("*", "*/*") for p in run.glob(f"{depth}/{name}")})
+    metrics, table, evaluated, sampled = paths = [run / name for name in FILES]
+    if not any(path.is_file() for path in paths):
+        below = sorted({str(p.parent) for name in FILES for deep in ("*", "*/*") for p in run.glob(f"{deep}/{name}")})
         hint = f" These do: {', '.join(below[:5])}." if below else ""
-        raise FileNotFoundError(f"{run} holds no run: none of {', '.join(names)}.{hint}")
-    config = read_config(run)
-    curves = to_curves(list(records(run / names[0])) or records(run / names[1]))
-    evaluations = [e for e in records(run / names[2]) if e.get("rows")]
-    title = " on ".join(filter(None, [last(dig(config, "model", "class_path")), model_of(config)])) or run.resolve().name
-    body = [
-        f'<h1>{escape(title)}</h1><p class="dim">{escape(str(run.resolve()))}</p>',
-        facts(config, curves, evaluations),
+        raise FileNotFoundError(f"{run} holds no run: it has none of {', '.join(FILES)}.{hint}")
+    config = read_config(run / "config.yaml")
+    curves = to_curves(records(metrics if metrics.is_file() else table))
+    evaluations = [e for e in records(evaluated) if e.get("rows")]
+    stages = {s: [e for e in evaluations if e.get("stage") == s] for s in ("test", "val")}
+    known = facts(config, curves)
+    title = " on ".join(known[key] for key in ("Method", "Model") if known[key]) or run.resolve().name
+    cells = [f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in known.items() if v not in (None, "")]
+    page = [
+        f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f'<h1>{escape(title)}</h1><p class="dim">{escape(str(run.resolve()))}</p><dl>{"".join(cells)}</dl>',
         f"<h2>Training</h2>{charts(curves)}",
-        f"<h2>Evaluation</h2>{comparisons(evaluations)}",
-        f"<h2>Sample completions</h2>{samples(run / names[3])}",
-        f"<h2>Configuration</h2>{fold(json.dumps(config, indent=2, ensure_ascii=False, default=str), 0)}" * bool(config),
+        f"<h2>Evaluation</h2>{comparisons(stages)}",
+        f"<h2>Sample completions</h2>{samples(sampled)}",
+        f"<h2>Configuration</h2>{fold(json.dumps(config, indent=2, default=str))}" if config else "",
+        "</body></html>\n",
     ]
-    head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style></head>"
     out = run / "report.html" if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([head, "<body>", *body, "</body></html>\n"]), encoding="utf-8", errors="replace")
+    out.write_text("\n".join(page), encoding="utf-8", errors="replace")
     return out
-
-
-# -------------------------------------------------------------------- reading
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
@@ -107,22 +115,18 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             yield from csv.DictReader(file, restkey="")
             return
         for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
+            with suppress(json.JSONDecodeError):
+                if isinstance(record := json.loads(line), dict):
+                    yield record
 
 
-def read_config(run: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """What was run; empty when that is not known."""
-    paths = [p for p in (run / "config.yaml", run / "config_test.yaml", run / "config_validate.yaml") if p.is_file()]
     try:
         import yaml
 
-        config = yaml.safe_load(paths[0].read_text(encoding="utf-8")) if paths else None
-    except Exception:  # no PyYAML, or a file that it does not understand: the page does without
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception:  # no PyYAML, no file, or one it does not understand: the page does without
         config = None
     return config if isinstance(config, dict) else {}
 
@@ -134,6 +138,41 @@ def dig(config: Any, *keys: str) -> Any:
     return config
 
 
+def facts(config: dict[str, Any], curves: dict[str, Points]) -> dict[str, Any]:
+    init, limit = dig(config, "model", "init_args"), dig(config, "trainer", "max_steps")
+    steps = int(max((points[-1][0] for points in curves.values()), default=-1)) + 1
+    clocks = [finite(points) for name, points in curves.items() if name.startswith("seconds/")]
+    seconds = round(steps * sum(sum(values) / len(values) for values in clocks if values))
+    return {
+        "Method": str(dig(config, "model", "class_path") or "").rpartition(".")[2],
+        "Model": str(dig(init, "model") or ""),
+        "Data": str(dig(config, "data", "class_path") or "").rpartition(".")[2],
+        "Steps": f"{steps:,}" + (f" of {limit:,}" if isinstance(limit, int) and limit > 0 else "") if steps else "",
+        "Time in steps": f"≈ {timedelta(seconds=seconds)} h" if seconds else "",
+        "Seed": dig(config, "seed_everything") if dig(init, "seed") is None else dig(init, "seed"),
+        "Learning rate": dig(init, "lr"),
+        "Responses a prompt": dig(init, "group"),
+    }
+
+
+def to_curves(rows: Iterable[dict[str, Any]]) -> dict[str, Points]:
+    """A curve a name. Steps must advance: what a later `validate` logs at step 0 is not part of the training."""
+    curves: dict[str, Points] = {}
+    for row in rows:
+        step = number(row.get("step"))
+        values = {k: v for k, v in row.items() if k not in ("step", "epoch", "") and v not in (None, "")}
+        for name, value in values.items() if math.isfinite(step) else ():
+            points = curves.setdefault(name, [])
+            if not points or step > points[-1][0]:
+                points.append((step, number(value)))
+    return {name: curves[name] for name in sorted(curves, key=natural) if not name.startswith("test/")}
+
+
+def natural(name: str) -> list[Any]:
+    """Sorts pass@2 before pass@16, and maj@16 beside it."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.replace("maj@", "pass@"))]
+
+
 def number(value: Any) -> float:
     try:
         return float(value)
@@ -141,66 +180,210 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def to_curves(rows: Iterable[dict[str, Any]]) -> dict[str, Points]:
-    """A curve a name. Steps must advance: what a later `validate` logs at step 0 is not part of the training."""
-    curves: dict[str, Points] = {}
-    for row in rows:
-        step = number(row.pop("step", None))
-        for name, value in row.items():
-            if math.isfinite(step) and value not in (None, "") and name not in ("epoch", ""):
-                points = curves.setdefault(name, [])
-                if not points or step > points[-1][0]:
-                    points.append((step, number(value)))
-    return {name: curves[name] for name in sorted(curves, key=natural) if not name.startswith("test/")}
+def finite(points: Points) -> list[float]:
+    return [v for _, v in points if math.isfinite(v)]
 
 
-def natural(name: str) -> list[Any]:
-    """Sorts pass@2 before pass@16."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+def show(value: Any, spec: str = ".3g") -> str:
+    text = f"{number(value):{spec}}".replace("e-0", "e-").replace("-", "−").replace("inf", "∞")
+    return "–" if "nan" in text else text
 
 
-# -------------------------------------------------------------------- words and numbers
-
-
-def compact(value: float, digits: int = 4) -> str:
-    """0.1235, -12k, 1.5e-7."""
-    if not math.isfinite(value):
-        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "–")
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size <= abs(value) < 1e12:
-            return f"{value / (1e3 if letter == 'k' else size):.{digits}g}{letter}"
-    text = f"{value:.{digits - 1}e}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}g}"
-    return re.sub(r"\.?0*e([+-])0*", r"e\1", text).replace("-", "−").replace("e+", "e")
-
-
-def fixed(value: Any, digits: int = 3, sign: str = "") -> str:
-    value = number(value)
-    return f"{value:{sign}.{digits}f}".replace("-", "−") if math.isfinite(value) else compact(value)
+def pair(values: list[Any], spec: str = ".3f") -> str:
+    return " → ".join(show(value, spec) for value in values)
 
 
 def missing(what: str, how: str) -> str:
     return f'<p class="dim">No {what}. {how}</p>'
 
 
-def facts(config: dict[str, Any], curves: dict[str, Points], evaluations: list[dict[str, Any]]) -> str:
-    """What was run, and the one number that it was run for."""
-    init = dig(config, "model", "init_args")
-    steps = int(max((points[-1][0] for points in curves.values()), default=-1)) + 1
-    clock = [[v for _, v in points if math.isfinite(v)] for name, points in curves.items() if name.startswith("seconds/")]
-    seconds = round(steps * sum(sum(values) / len(values) for values in clock if values))
-    limit = dig(config, "trainer", "max_steps")
-    known = {
-        "Method": last(dig(config, "model", "class_path")),
-        "Model": model_of(config),
-        "Data": last(dig(config, "data", "class_path")),
-        "Steps": steps and f"{steps:,}" + (f" of {limit:,}" if isinstance(limit, int) and limit > 0 else ""),
-        "Time in steps": seconds and f"≈ {seconds // 3600} h {seconds // 60 % 60:02d} min {seconds % 60:02d} s",
-        "Seed": dig(init, "seed") if dig(init, "seed") is not None else dig(config, "seed_everything"),
-        "Learning rate": dig(init, "lr"),
-        "Responses a prompt": dig(init, "group"),
-    }
-    for stage, tables in by_stage(evaluations).items():
-        values = [fixed(dig(of_family(e, "mean"), "pass_at", "1")) for e in tables[:1] + tables[1:][-1:]]
-        known[f"pass@1, {stage}"] = " → ".join(values)
-    rows = [f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in known.items() if v not in (None, "", 0) or k == "Seed"]
-    return f"<dl>{''.join(rows)}</dl>"
+def charts(curves: dict[str, Points]) -> str:
+    """The main charts, and all that was logged besides in groups that are folded."""
+    if not curves:
+        return missing("metrics", "The logger of lit-rl fit, RunLogger, writes them; CSVLogger's are read as well.")
+    steps, left = [step for points in curves.values() for step, _ in points], dict(curves)
+
+    def take(pattern: str, unit: str, title: str = "") -> str:
+        chosen = {name: left.pop(name) for name in list(left) if re.fullmatch(pattern, name)}
+        title = title or re.sub(r"\\|(?<=/)\.\+", "", pattern)
+        return figure(title.rstrip("/"), unit, chosen, min(steps), max(steps)) if chosen else ""
+
+    main = [
+        take(pattern, unit, title) or f"<figure><figcaption>{title}</figcaption>{missing('values', how)}</figure>"
+        for title, (pattern, unit, how) in MAIN.items()
+    ]
+    groups = {title: [take(*chart) for chart in group.items()] for title, group in FURTHER.items()}
+    groups["Everything else"] = [take(re.escape(name), "", name) for name in list(left)]
+    note = f"Over {SMOOTH_FROM} steps, the pale line is each step; the strong one, whose numbers are given, is their"
+    note += " moving average. Every y axis holds zero."
+    return f'<p class="dim">{note}</p><div class="grid">{"".join(main)}</div>' + "".join(
+        f'<details class="group"><summary>{title}</summary><div class="grid">{"".join(group)}</div></details>'
+        for title, group in groups.items()
+        if any(group)
+    )
+
+
+def figure(title: str, unit: str, curves: dict[str, Points], first: float, end: float) -> str:
+    """One chart with its legend."""
+    values = [v for points in curves.values() for v in finite(points)]
+    low, high = min([0.0, *values]), max([0.0, *values])
+    grid = ticks(low, high if high > low else 1.0)
+
+    def x(step: float) -> float:
+        return round(LEFT + (step - first) / ((end - first) or 1) * (RIGHT - LEFT), 1)
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (value - grid[0]) / (grid[-1] - grid[0]) * (BOTTOM - TOP), 1)
+
+    svg = [f'<text text-anchor="end" x="{RIGHT}" y="{HEIGHT - 2}">step</text>']
+    for v in grid:
+        svg.append(f'<line class="{"" if v else "zero"}" x1="{LEFT}" x2="{RIGHT}" y1="{y(v)}" y2="{y(v)}"/>')
+        svg.append(f'<text class="y" text-anchor="end" x="{LEFT - 7}" y="{y(v) + 4:.1f}">{show(v, ".6g")}</text>')
+    for s in (s for s in ticks(first, end, smallest=1.0) if first <= s <= end):
+        svg.append(f'<text class="x" text-anchor="middle" x="{x(s)}" y="{BOTTOM + 17}">{show(s, ".6g")}</text>')
+    folder = min((name.rpartition("/")[0] for name in curves), key=len) + "/"
+    lines, legend = {}, []
+    for i, (name, points) in enumerate(curves.items()):
+        label, look = name.removeprefix(folder), f'class="d{i // 8 % 3}" style="--c:var(--c{i % 8})"'
+        line = lines[label] = smooth(points) if len(points) > SMOOTH_FROM else points
+        drawn = polylines([(x(s), y(v)) for s, v in thin(line)])
+        if line is points:
+            drawn += "".join(f'<circle cx="{x(s)}" cy="{y(v)}" r="3"/>' for s, v in points if math.isfinite(v))
+        elif len(curves) <= 4:
+            drawn = polylines([(x(s), y(v)) for s, v in thin(points)], "raw") + drawn
+        svg.append(f"<g {look}>{drawn}</g>")
+        key = f'<svg viewBox="0 0 22 8" aria-hidden="true"><g {look}><path d="M1,4H21"/></g></svg>'
+        legend.append(f"<li>{key} {escape(label)}, last {show(line[-1][1])}</li>")
+    lost = sum(map(len, curves.values())) - len(values)
+    warn = f'<p class="dim wrong">Not drawn: {lost} NaN or infinite.</p>' if lost else ""
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="dim">{unit}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step">{"".join(svg)}'
+        f"{tooltips(lines, x)}</svg><ul>{''.join(legend)}</ul>{warn}</figure>"
+    )
+
+
+def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
+    """About five round numbers that enclose low to high."""
+    raw = max((high - low) / 5.5, smallest)
+    step = 10 ** math.floor(math.log10(raw))
+    step *= next(m for m in (1, 2, 5, 10) if m * step >= raw * 0.999)
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def smooth(points: Points) -> Points:
+    """The exponential moving average over about a thirtieth of the points, unbiased at its start."""
+    decay, mean, weight, result = 1 - 2 / (max(10, len(points) / 30) + 1), 0.0, 0.0, []
+    for step, value in points:
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append((step, mean / weight if math.isfinite(value) else math.nan))
+    return result
+
+
+def thin(points: Points) -> Points:
+    """No more points than can be seen: of each stretch the lowest and the highest."""
+    size = max(1, math.ceil(2 * len(points) / DRAWN))
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    seen = [[p for p in stretch if math.isfinite(p[1])] or stretch[:1] for stretch in stretches]
+    return [p for s in seen for p in sorted({min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])})]
+
+
+def polylines(pixels: Points, look: str = "line") -> str:
+    """A curve, broken where a value is not finite."""
+    runs = [list(run) for whole, run in groupby(pixels, key=lambda p: math.isfinite(p[1])) if whole]
+    texts = [" ".join(f"{x},{y}" for x, y in run[:1] + run) for run in runs]  # a point alone shows as a dot
+    return "".join(f'<polyline class="{look}" points="{text}"/>' for text in texts)
+
+
+def tooltips(lines: dict[str, Points], x: Callable[[float], float]) -> str:
+    """Strips that show the numbers under the pointer, without a script."""
+    values = {label: dict(line) for label, line in lines.items()}
+    steps = sorted({step for line in values.values() for step in line})
+    steps = steps[:: math.ceil(len(steps) / TOOLTIPS)]
+    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), RIGHT]
+    result = ""
+    for s, (a, b) in zip(steps, pairwise(edges), strict=True):
+        text = escape("\n".join([f"step {s:g}", *(f"{name} {show(v[s])}" for name, v in values.items() if s in v)]))
+        size = f'x="{a:.1f}" width="{b - a:.1f}" y="{TOP}" height="{BOTTOM - TOP}"'
+        result += f"<rect {size}><title>{text}</title></rect>"
+    return result
+
+
+def comparisons(stages: dict[str, list[dict[str, Any]]]) -> str:
+    """Of each stage the first and the last evaluation, or the only one."""
+    note = (
+        "± is half of a 95 % interval by the normal approximation over tasks; that of a difference takes the two"
+        " evaluations for independent. With few tasks, or where all ended alike, it says little. mean: over families."
+    )
+    tables = [comparison(stage, [of[0], of[-1]][: len(of)]) for stage, of in stages.items() if of]
+    how = "Validate or test a policy of lit-rl before and after training; it writes evaluations.jsonl."
+    return f'{"".join(tables)}<p class="dim">{note}</p>' if tables else missing("evaluations", how)
+
+
+def comparison(stage: str, evaluations: list[dict[str, Any]]) -> str:
+    sides = [{str(row.get("family")): row for row in e["rows"]} for e in evaluations]
+    two, steps = len(sides) == 2, [e.get("step") for e in evaluations]
+    labels = [f", step {s}" for s in steps] if len(set(steps)) == 2 else [", first", ", last"] if two else [""]
+    k = min(max(map(int, dig(side, "mean", "pass_at") or [1])) for side in sides)
+    samples = {int(dig(side, "mean", "samples") or 1) for side in sides}
+    n = min(samples) if len(samples) == 1 else 1  # a vote of 4 and one of 8 do not compare
+    head = ["family", "tasks", *(f"pass@1{label}" for label in labels)] + ["difference"] * two
+    head += [f"pass@{k}"] * (k > 1) + [f"maj@{n}"] * (n > 1) + ["tokens"]
+    lines = []
+    for family in sorted(dict.fromkeys(name for side in sides for name in side), key="mean".__eq__):
+        rows = [side.get(family, {}) for side in sides]
+        means, halves = [number(at(r, 1)) for r in rows], [number(r.get("interval")) for r in rows]
+        cells = [" → ".join(dict.fromkeys(show(r.get("items"), ".0f") for r in rows))]
+        cells += [f"{show(m, '.3f')} ± {show(h, '.3f')}" for m, h in zip(means, halves, strict=True)]
+        cells += [f"{show(means[-1] - means[0], '+.3f')} ± {show(math.hypot(*halves), '.3f')}"] * two
+        cells += [pair([at(r, k) for r in rows])] * (k > 1) + [pair([r.get("majority") for r in rows])] * (n > 1)
+        cells.append(pair([r.get("length") for r in rows], ".0f"))
+        lines.append(f'<tr><th scope="row">{escape(family)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    title = {"test": "Test", "val": "Validation"}[stage] + ", first and last" * two
+    differ = len({frozenset(side) for side in sides}) > 1
+    warn = '<p class="dim wrong">The families differ, so the means do not compare.</p>' if differ else ""
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<h3>{title}</h3>{warn}<div class="wide">{table}</div>'
+
+
+def at(row: dict[str, Any], k: int) -> Any:
+    return dig(row, "pass_at", str(k))
+
+
+def samples(path: Path) -> str:
+    """A few right and a few wrong responses of the first and of the last step."""
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for record in records(path):
+        steps.setdefault(str(record.get("step")), []).append(record)
+        if len(steps) > 2:
+            del steps[list(steps)[1]]
+    result = []
+    for step, found in steps.items():
+        right = sum(r.get("correct") is True for r in found)
+        result.append(f"<h3>Step {escape(step)}: {right} of {len(found)} responses right</h3>")
+        for mark in (True, False, None):
+            task_of = {str(r.get("task")): r for r in reversed(found) if r.get("correct") is mark}  # one a task
+            result += [card(r) for r in list(task_of.values())[:-3:-1]]
+    return "".join(result) or missing("completions", "Add the Completions callback, which writes completions.jsonl.")
+
+
+def card(r: dict[str, Any]) -> str:
+    correct = r.get("correct")
+    mark = "right" if correct is True else "wrong" if correct is False else "not judged"
+    badge = f'<span class="badge {mark}">{mark}</span>'
+    about = [r.get("family"), f"reward {show(r.get('reward'))}", f"advantage {show(r.get('advantage'), '+.3g')}"]
+    about += [f"{key} {r[key]}" for key in ("tokens", "answer", "reason") if r.get(key)]
+    said = escape(" · ".join(str(fact) for fact in about if fact))
+    texts = [f'<p class="dim">{key}</p>{fold(str(r.get(key) or ""))}' for key in ("prompt", "response")]
+    return f'<div class="card">{badge}<span class="dim">{said}</span>{"".join(texts)}</div>'
+
+
+def fold(text: str) -> str:
+    """Text that no one wrote for a page: escaped, and long text folded behind its beginning."""
+    whole = f'<div class="text">{escape(text)}</div>'
+    if len(text) <= FOLDED and text.count("\n") <= 12:
+        return whole
+    start = f'<span class="start text">{escape(text[: FOLDED // 2])}… </span>'
+    return f'<details><summary>{start}<span class="dim">all {len(text):,} characters</span></summary>{whole}</details>'

@@ -206,6 +206,11 @@ class Rollout(Policy):
 
     # ---------------------------------------------------------------- experience to loss
 
+    @property
+    def temperature(self) -> float:
+        """Of the distribution that is trained: the sampled one, and the plain softmax when that is greedy."""
+        return self.sampling.temperature or 1.0
+
     def has_gradient(self, x: Experience) -> Tensor:
         weighted = super().has_gradient(x)
         every = (self.kl_coef and not self.kl_in_reward) or self.entropy_coef

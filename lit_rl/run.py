@@ -1,4 +1,4 @@
-"""A run's folder: append-only JSON lines of metrics and evaluations, which a resumed run continues exactly.
+"""A run's folder, and the logger that writes there.
 
     metrics.jsonl      one line a logged step (RunLogger)
     evaluations.jsonl  one line an evaluation
@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_rl import jsonl
 from lit_rl.metrics import Table
 
 METRICS, EVALUATIONS, COMPLETIONS = "metrics.jsonl", "evaluations.jsonl", "completions.jsonl"
@@ -44,41 +43,11 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        append(self.folder / METRICS, {"step": step, **{k: float(v) for k, v in metrics.items()}})
+        jsonl.append(self.folder / METRICS, [{"step": step, **{k: float(v) for k, v in metrics.items()}}])
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml holds them."""
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """One line, written whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; one cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drops the records of `step` and later, which a run that resumes at `step` writes again."""
-    if not path.exists():
-        return
-    records = read(path)
-    kept = [r for r in records if r.get("step") is None or r["step"] < step]
-    if len(kept) < len(records):
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-        os.replace(fresh, path)
 
 
 def folder(trainer: L.Trainer) -> Path:
@@ -86,20 +55,21 @@ def folder(trainer: L.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def refuse_other_run(path: Path, resuming: bool) -> None:
+def refuse_other_run(file: Path) -> None:
     """A new run must not mix with an old one's records."""
-    if not resuming and path.exists() and path.stat().st_size:
+    if file.exists() and file.stat().st_size:
         raise FileExistsError(
-            f"{path.parent} already holds another run ({path.name}). Choose another folder (--run), delete this one, or continue"
-            " its run with --ckpt_path last."
+            f"{file.parent} already holds another run ({file.name}). Choose another folder (--run), delete this one, or"
+            " continue its run with --ckpt_path last."
         )
 
 
 def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
-    """Prints the table (when evaluation is what the Trainer was asked for) and keeps it."""
+    """Prints the table (when evaluation is what the Trainer was asked for) and, unless logging is off, keeps it."""
     path = folder(trainer)
     if not trainer.is_global_zero or trainer.sanity_checking:
         return
     if trainer.state.fn in ("validate", "test"):
         print(f"\n{table}\n", flush=True)
-    append(path / EVALUATIONS, {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]})
+    if trainer.loggers:
+        jsonl.append(path / EVALUATIONS, [{"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}])

@@ -105,7 +105,7 @@ def test_on_policy_the_ratio_is_one(sampling):
             self.worst = max(self.worst, float(terms.log_ratio.abs().max()))
 
     watch = Watch()
-    trainer(callbacks=[watch], max_steps=1).fit(policy(sampling=Sampling(max_new_tokens=12, **sampling)), Letters())
+    trainer(callbacks=[watch], max_steps=1).fit(policy(old_logps="sampler", sampling=Sampling(max_new_tokens=12, **sampling)), Letters())
     assert 0 < watch.worst < 1e-5
 
 

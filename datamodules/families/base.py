@@ -145,9 +145,11 @@ class Question:
     def id(self) -> str:
         return f"{self.family.name}/v{self.family.version}/{self.split}/{self.level}/{self.index}"
 
-    def task(self) -> Task:
+    def task(self, hint: bool = True) -> Task:
+        """As a task; without the `hint` the prompt leaves out how to answer."""
         meta = {"split": self.split, "level": self.level, "index": self.index, "category": self.family.category}
-        return Task(self.prompt, self, [self.solution], family=self.family.name, id=self.id, meta=meta)
+        prompt = self.prompt if hint else self.family.prompt(self.instance)
+        return Task(prompt, self, [self.solution], family=self.family.name, id=self.id, meta=meta)
 
 
 def families() -> dict[str, Family]:

@@ -59,6 +59,9 @@ class Completion:
 class Generator(Protocol):
     """An engine that samples. `generate` must depend on each prompt's own seeds only, not on how prompts are batched."""
 
+    exact: bool
+    """Whether its log-probabilities are those of the training forward in float32, up to rounding."""
+
     def sync(self, model: nn.Module) -> None:
         """Take over the current weights of the trained model."""
 

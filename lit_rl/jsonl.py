@@ -1,0 +1,40 @@
+"""Append-only files of JSON lines, which a resumed run continues exactly. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One line a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, none when there is no file; a line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # not splitlines: texts hold U+2028
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops the records of `step` and later, which a run that resumes at `step` writes again."""
+    records = read(path)
+    kept = [record for record in records if record.get("step") is None or record["step"] < step]
+    if len(kept) < len(records):
+        fresh = path.with_suffix(".tmp")
+        fresh.unlink(missing_ok=True)
+        append(fresh, kept)
+        fresh.touch()
+        os.replace(fresh, path)

@@ -1,0 +1,185 @@
+"""End to end through the command line, as users do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_rl import jsonl
+from lit_rl.__main__ import main
+from lit_rl.commands import recipe_paths
+
+RECIPES = [name for name in recipe_paths() if name != "tiny"]
+
+
+def run(capsys, *argv):
+    """Runs in this process; returns what was printed, whether it ended well or not."""
+    try:
+        main([str(a) for a in argv])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out + out.err + (code if isinstance(code, str) else "")
+
+
+def fit(capsys, *argv):
+    code, text = run(capsys, "fit", *argv, "--trainer.enable_progress_bar", "false")
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_with_the_tiny_overlay(recipe, capsys):
+    fit(capsys, "--config", recipe, "--config", "tiny", "--trainer.max_steps", 2, "--run", "r")
+    steps = [r for r in jsonl.read(Path("r/metrics.jsonl")) if "loss" in r]
+    assert len(steps) == 2
+    assert (recipe == "sft") != Path("r/completions.jsonl").exists()
+    assert Path("r/checkpoints/last.ckpt").exists()
+    assert Path("r/config.yaml").exists()
+
+
+def test_resume_validate_export_and_report(capsys):
+    args = ("--config", "grpo", "--config", "tiny", "--trainer.callbacks.every_n_train_steps", 1)
+    fit(capsys, *args, "--trainer.max_steps", 4, "--run", "straight")
+    fit(capsys, *args, "--trainer.max_steps", 2, "--run", "stopped")
+    fit(capsys, *args, "--trainer.max_steps", 4, "--run", "stopped", "--ckpt_path", "last")
+    a, b = (torch.load(f"{r}/checkpoints/last.ckpt", weights_only=True) for r in ("straight", "stopped"))
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    assert Path("straight/completions.jsonl").read_text() == Path("stopped/completions.jsonl").read_text()
+    losses = [[r["loss"] for r in jsonl.read(Path(f"{name}/metrics.jsonl")) if "loss" in r] for name in ("straight", "stopped")]
+    assert losses[0] == losses[1]
+
+    code, text = run(capsys, "validate", "--config", "straight/config.yaml", "--ckpt_path", "straight/checkpoints/last.ckpt", "--run", "straight")
+    assert code == 0, text
+    assert "add-columns" in text
+    assert "pass@1" in text
+    assert jsonl.read(Path("straight/evaluations.jsonl"))[-1]["stage"] == "val"
+
+    code, text = run(capsys, "export", "straight/checkpoints/last.ckpt", "exported")
+    assert code == 0, text
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("exported"), AutoTokenizer.from_pretrained("exported")
+    assert torch.equal(model.lm_head.weight, a["state_dict"]["model.lm_head.weight"])
+    assert tokenizer.decode(tokenizer("<answer>7</answer>")["input_ids"]) == "<answer>7</answer>"
+
+    code, text = run(capsys, "report", "straight")
+    assert code == 0, text
+    assert "<svg" in Path("straight/report.html").read_text()
+
+
+def test_a_folder_that_holds_a_run_is_refused(capsys):
+    args = ("--config", "grpo", "--config", "tiny", "--trainer.max_steps", 1, "--run", "r")
+    fit(capsys, *args)
+    before = Path("r/metrics.jsonl").read_text()
+    code, text = run(capsys, "fit", *args)
+    assert code
+    assert "already holds another run" in text
+    assert "--ckpt_path last" in text
+    assert Path("r/metrics.jsonl").read_text() == before
+
+
+def test_runs_without_a_name_get_their_own_folders(capsys):
+    for _ in range(2):
+        fit(capsys, "--config", "rloo", "--config", "tiny", "--trainer.fast_dev_run", "true")
+        fit(capsys, "--config", "rloo", "--config", "tiny", "--trainer.max_steps", 1)
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["rloo-1", "rloo-2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fit", "--config", "gropo"], "no recipe 'gropo': did you mean grpo"),
+        (["fti"], "no command 'fti': did you mean fit"),
+        (["fit", "--config", "grpo", "--model", "DAPPO"], "Did you mean DAPO instead of DAPPO?"),
+        (["fit", "--config", "grpo", "--model.gruop", "4"], "Did you mean group instead of gruop?"),
+        (["fit", "--config", "grpo", "--data", "Botcamp"], "Did you mean Bootcamp instead of Botcamp?"),
+        (["fit", "--config", "grpo", "--trainer.callbacks+=EntropyMonitr"], "Did you mean EntropyMonitor instead of EntropyMonitr?"),
+        (["fit", "--config", "cispo", "--config", "tiny", "--model.cap", "0.2"], "cap is 0.2: it must be at least 1"),
+        (["fit", "--config", "grpo", "--config", "tiny", "--model.model", "tinny"], "did you mean 'tiny'"),
+        (["fit", "--config", "grpo", "--config", "tiny", "--data.families", "[add-colums]"], "did you mean add-columns"),
+        (["fit", "--config", "grpo", "--config", "tiny", "--data.level", "12"], "levels 0 to 9"),
+        (["fit", "--config", "grpo", "--config", "tiny", "--model.sampling.top_p", "1.5"], "top_p is 1.5"),
+        (["bootcamp", "show", "add-colums"], "did you mean add-columns"),
+        (["bootcamp", "show", "add-columns", "--level", "77"], "has levels 0 to 9, not 77"),
+        (["export", "nowhere.ckpt", "x"], "there is no checkpoint nowhere.ckpt"),
+        (["report", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_mistakes_are_explained(argv, message, capsys):
+    code, text = run(capsys, *argv)
+    assert code not in (0, None)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_bootcamp_commands(capsys):
+    _, text = run(capsys, "bootcamp", "list")
+    assert len(text.splitlines()) >= 36
+    _, text = run(capsys, "bootcamp", "show", "add-columns", "--level", 3, "--count", 2)
+    assert text.count("correct=True") == 2
+    assert text.count("correct=False") == 2
+    code, text = run(capsys, "bootcamp", "check", "add-columns")
+    assert code == 0
+    assert "passes 13 of 13 gates" in text
+
+
+def test_check_finds_a_bad_family_of_the_users_own(capsys, monkeypatch):
+    Path("mine.py").write_text(
+        "from lit_rl.datamodules.families import Family\n"
+        "from lit_rl.datamodules.families.answers import Integer\n"
+        "class GuessTheBit(Family):\n"
+        "    mode, answer = 'value', Integer()\n"
+        "    def generate(self, rng, level): return {'n': rng.randrange(10 ** (6 + level))}\n"
+        "    def prompt(self, x): return f'Is {x[\"n\"]} odd?'\n"
+        "    def solve(self, x): return x['n'] % 2\n"
+        "    def oracle(self, x): return int(str(x['n'])[-1]) % 2\n"
+        "    def check(self, x, value): return eval(str(value)) == self.solve(x)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    code, text = run(capsys, "bootcamp", "check", "mine.GuessTheBit")
+    assert code == 1
+    assert "constants fail: the constant" in text
+    assert "no code is run: mine.py uses eval" in text
+
+
+def test_recipes_are_listed(capsys):
+    _, text = run(capsys, "recipes")
+    assert [line.split()[0] for line in text.splitlines()] == sorted([*RECIPES, "tiny"])
+    _, text = run(capsys, "recipes", "dapo")
+    assert "model: DAPO" in text
+
+
+def test_help_shows_a_method(capsys):
+    _, text = run(capsys, "fit", "--model.help", "DAPO")
+    assert "Replace groups whose rewards are all equal" in text
+    assert "Longest completion, in tokens" in text, "attribute docstrings are help"
+
+
+def test_test_prints_a_table_and_predict_writes_records(capsys):
+    code, text = run(capsys, "test", "--config", "grpo", "--config", "tiny", "--model.eval_samples", 4, "--trainer.callbacks", "[]", "--run", "r")
+    assert code == 0, text
+    for word in ("pass@1", "±95%", "pass@4", "maj@4", "length", "sort-numbers", "mean"):
+        assert word in text
+
+
+def test_the_module_runs_from_a_shell(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "lit_rl", "recipes"], capture_output=True, text=True, check=True)
+    assert "grpo" in done.stdout
+
+
+def test_wandb_offline_holds_config_metrics_and_a_growing_table(capsys):
+    wandb = pytest.importorskip("wandb")
+    fit(capsys, "--config", "grpo", "--config", "tiny", "--trainer.max_steps", 3, "--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true",
+        "--trainer.logger.save_dir", "w", "--trainer.callbacks.every_n_train_steps", 1)  # fmt: skip
+    wandb.finish()
+    tables = sorted(Path("w").rglob("completions_*.table.json"), key=lambda p: int(p.name.split("_")[1]))
+    assert len(tables) == 3
+    rows = [json.loads(t.read_text())["data"] for t in tables]
+    steps = [row[0] for part in rows for row in part]
+    assert sorted(set(steps)) == [0, 1, 2]
+    assert len(steps) == 24
