@@ -282,13 +282,15 @@ class Policy(L.LightningModule):
                 units.append((sum(int(x.lengths[r]) for r in part), part))
         units.sort(key=lambda unit: -unit[0])
         slices: list[list[int]] = []
-        room = 0
+        longest = count = 0
         for size, part in units:
-            if not slices or size > room:
+            held = count * longest  # with padding to the longest unit
+            mixed = size < 0.75 * longest and held >= self.microbatch_tokens / 8  # padding would cost more than a slice
+            if not slices or held + longest > self.microbatch_tokens or mixed:
                 slices.append([])
-                room = self.microbatch_tokens
+                longest, count = size, 0
             slices[-1] += part
-            room -= size
+            count += 1
         return [x.rows(sorted(part)) for part in slices]
 
     def _idle_slice(self) -> Experience:

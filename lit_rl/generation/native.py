@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_rl.generation.base import Completion, Sampling
 from lit_rl.generation.sampling import draw, uniforms
 
-GROWTH = 16  # columns that a full cache grows by, or an eighth of its length: a CPU reads past wide gaps 2 times slower
+GROWTH = 16  # columns that a full cache grows by, or an eighth of its length: reading past wide gaps is slow on a CPU
 PADDING = 0.75  # prompts computed in one forward are at least this fraction of the longest among them
 
 Prompt = tuple[int, ...]
 Place = tuple[int, int]  # of a completion in the answer: which prompt, which of its seeds
+Chunk = list[tuple[Prompt, list[Place]]]
 
 
 class NativeGenerator:
@@ -69,10 +71,7 @@ class NativeGenerator:
         done: dict[Place, Completion] = {}
         with torch.no_grad(), _evaluating(self.model):
             for chunk in self._chunks(places):
-                order = [place for _, part in chunk for place in part]
-                samples = [len(part) for _, part in chunk]
-                rows = Rows(self.model, [prompt for prompt, _ in chunk], samples, self.pad, self.share)
-                done |= zip(order, self._sample(rows, [seeds[i][j] for i, j in order], sampling), strict=True)
+                done.update(self._sample(chunk, seeds, sampling))
         return [[done[i, j] for j in range(len(row))] for i, row in enumerate(seeds)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,14 +91,14 @@ class NativeGenerator:
                 raise ValueError(f"prompt {i} has no tokens: give it at least one, such as a beginning-of-text token")
             if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and sampling.max_new_tokens is {sampling.max_new_tokens}, more "
-                    f"than the model's {limit} positions together: shorten max_new_tokens or filter the prompt"
+                    f"prompt {i} has {len(prompt)} tokens and sampling.max_new_tokens is {sampling.max_new_tokens}, "
+                    f"but the model has {limit} positions: shorten max_new_tokens or filter the prompt"
                 )
 
-    def _chunks(self, places: dict[Prompt, list[Place]]) -> Iterator[list[tuple[Prompt, list[Place]]]]:
-        """Prompts, shortest first, with at most `max_rows` completions together; of one length if the cache needs it."""
+    def _chunks(self, places: dict[Prompt, list[Place]]) -> Iterator[Chunk]:
+        """Prompts, shortest first, at most `max_rows` completions together; of one length if the cache needs that."""
         alike = not _growing(self.model)
-        chunk: list[tuple[Prompt, list[Place]]] = []
+        chunk: Chunk = []
         for prompt in sorted(places, key=len):
             for start in range(0, len(places[prompt]), self.max_rows):
                 part = places[prompt][start : start + self.max_rows]
@@ -111,12 +110,16 @@ class NativeGenerator:
         if chunk:
             yield chunk
 
-    def _sample(self, rows: Rows, seeds: list[int], sampling: Sampling) -> Iterator[Completion]:
-        """The completions of these rows, in order."""
-        live = torch.arange(len(seeds), device=rows.logits.device)  # the row in each slot of the batch
-        noise = uniforms(seeds, sampling.max_new_tokens).to(live.device)
+    def _sample(
+        self, chunk: Chunk, seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[Place, Completion]]:
+        """The completions of a chunk, sampled together."""
+        places = [place for _, part in chunk for place in part]
+        rows = Rows(self.model, [(prompt, len(part)) for prompt, part in chunk], self.pad, self.share)
+        live = torch.arange(len(places), device=rows.logits.device)  # the row in each slot of the batch
+        noise = uniforms([seeds[i][j] for i, j in places], sampling.max_new_tokens).to(live.device)
         eos = torch.tensor(self.eos, dtype=torch.int64, device=live.device)
-        tails = Tails(self.decode, sampling.stop, len(seeds))
+        tails = Tails(self.decode, sampling.stop, len(places))
         steps = []
         with rows.attention():
             for t in range(sampling.max_new_tokens):
@@ -138,10 +141,10 @@ class NativeGenerator:
         if not columns[1].isfinite().all():
             raise ValueError("log-probabilities are not finite: the model has diverged or its logits overflow")
         order, lengths = live.argsort(stable=True), live.bincount().tolist()
-        for parts in zip(*(column[order].split(lengths) for column in columns), strict=True):
+        for place, *parts in zip(places, *(column[order].split(lengths) for column in columns), strict=True):
             tokens, logps, log_kept, done = (part.clone() for part in parts)  # or each would keep all rows in memory
             text = self.decode(tokens.tolist())
-            yield Completion(tokens, logps, log_kept, text, "stop" if done[-1] else "length")
+            yield place, Completion(tokens, logps, log_kept, text, "stop" if done[-1] else "length")
 
 
 class Tails:
@@ -171,29 +174,28 @@ class Rows:
     dynamic: in transformers' own cache, for prompts of one length. For state-space layers and the like.
     """
 
-    def __init__(self, model: Any, prompts: list[Prompt], samples: list[int], pad: int, share: bool) -> None:
+    def __init__(self, model: Any, prompts: list[tuple[Prompt, int]], pad: int, share: bool) -> None:
         """Compute these prompts, shortest first, each for so many rows."""
         self.model, self.mask = model, None
         growing = _growing(model)
-        outs = [self._prefill(batch, pad, DynamicCache() if growing else None) for batch in _similar(prompts)]
-        self.name = next((n for n in ("past_key_values", "cache_params") if getattr(outs[0], n, None) is not None), "")
-        if not self.name:
+        outs = [self._prefill(batch, pad, growing) for batch in _similar([prompt for prompt, _ in prompts])]
+        self.past = next((n for n in ("past_key_values", "cache_params") if getattr(outs[0], n, None) is not None), "")
+        if not self.past:
             raise ValueError(f"{type(model).__name__} keeps no key-value cache: the native generator needs one")
-        logits, caches = torch.cat([out.logits[:, -1] for out in outs]), [getattr(out, self.name) for out in outs]
+        caches: list[Any] = [getattr(out, self.past) for out in outs]
+        logits = torch.cat([out.logits[:, -1] for out in outs])  # (P, V)
 
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=logits.device)
-        owner = (
-            torch.arange(len(prompts)).repeat_interleave(torch.tensor(samples)).to(logits.device)
-        )  # (R,): its prompt
+        lengths, samples = torch.tensor([(len(prompt), count) for prompt, count in prompts]).T.to(logits.device)
+        owner = torch.arange(len(prompts), device=logits.device).repeat_interleave(samples)  # (R,): the row's prompt
         self.logits, self.position = logits[owner], lengths[owner, None]  # (R, V) and (R, 1): of the next token
         if not growing:
-            self.cache: Cache = caches[0]
+            self.cache: Any = caches[0]
             self.cache.reorder_cache(owner)
             return
-        width = len(prompts[-1])
-        if len(prompts[0]) < width:
+        width = len(prompts[-1][0])
+        if len(prompts[0][0]) < width:
             self.mask = torch.arange(width, device=logits.device) >= width - self.position  # (R, width)
-        layers = [_join(layers, width) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+        layers = [_join(parts, width) for parts in zip(*(cache.layers for cache in caches), strict=True)]
         if share and _shareable(model, layers):
             self.cache = SharedCache(layers, owner)
             return
@@ -205,9 +207,8 @@ class Rows:
         """Append a token (R,) to each row."""
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
-        past = {self.name: self.cache}
-        self.logits = self._forward(tokens[:, None], self.position, self.mask, past).logits[:, -1]
-        self.position = self.position + 1
+        out = self._forward(tokens[:, None], self.position, self.mask, {self.past: self.cache})
+        self.logits, self.position = out.logits[:, -1], self.position + 1
 
     def keep(self, slots: Tensor) -> None:
         """Row i becomes row slots[i]; the others are gone."""
@@ -219,25 +220,30 @@ class Rows:
     @contextmanager
     def attention(self) -> Iterator[None]:
         """The attention that `step` needs."""
+        if not isinstance(self.cache, SharedCache):
+            yield
+            return
         before = self.model.config._attn_implementation
+        AttentionInterface.register("lit_rl", self.cache.attend)
+        self.model.set_attn_implementation("lit_rl")
         try:
-            if isinstance(self.cache, SharedCache):
-                AttentionInterface.register("lit_rl", self.cache.attend)
-                self.model.set_attn_implementation("lit_rl")
             yield
         finally:
-            if isinstance(self.cache, SharedCache):
-                self.model.set_attn_implementation(before)
+            self.model.set_attn_implementation(before)
+            AttentionInterface.register("lit_rl", sdpa_attention_forward)  # or the cache would stay in memory
 
-    def _prefill(self, batch: list[Prompt], pad: int, cache: Cache | None) -> Any:
+    def _prefill(self, batch: list[Prompt], pad: int, growing: bool) -> Any:
         """The model's output for these prompts, shortest first, filled up at the left."""
         device, width = next(self.model.parameters()).device, len(batch[-1])
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch], device=device)
         position = torch.tensor([range(len(prompt) - width, len(prompt)) for prompt in batch], device=device)
         mask = None if len(batch[0]) == width else position >= 0
-        return self._forward(ids, position.clamp(min=0), mask, {} if cache is None else {"past_key_values": cache})
+        past = (
+            {"past_key_values": DynamicCache()} if growing else {}
+        )  # left to itself, a model makes the cache it needs
+        return self._forward(ids, position.clamp(min=0), mask, past)
 
-    def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, past: dict[str, Cache]) -> Any:
+    def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, past: dict[str, Any]) -> Any:
         return self.model(
             input_ids=ids, position_ids=position, attention_mask=mask, use_cache=True, logits_to_keep=1, **past
         )
@@ -268,8 +274,8 @@ class GrowingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes row beam_idx[i], and only rows that move are copied; there may be fewer afterwards, not more."""
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Row i becomes row beam_idx[i]. Only rows that move are copied; afterwards there may be fewer, not more."""
         moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(1)
         for buffer in self.buffers:
             buffer[moved, :, : self.length] = buffer[beam_idx[moved], :, : self.length]
@@ -277,46 +283,45 @@ class GrowingLayer(DynamicLayer):
 
 
 class SharedLayer(GrowingLayer):
-    """The rows' new tokens, after prompts that are kept once: `shared` keys and values (P, heads, L, dim)."""
+    """New tokens of rows whose prompts are kept apart: `prompts`, keys and values (P, heads, L, dim)."""
 
-    def __init__(self, shared: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, prompts: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.shared = shared
+        self.prompts = prompts
 
     def get_seq_length(self) -> int:
-        return self.shared[0].shape[2] + self.length
+        return self.prompts[0].shape[2] + self.length
 
 
 class SharedCache(Cache):
-    """The past of R rows that continue P prompts, and the attention that reads it.
+    """The past of R rows that continue P prompts, with one copy of each prompt, and the attention that reads it.
 
     layers: keys and values (P, heads, L, dim) of each layer, prompts at the right; owner (R,): the prompt of each row.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], owner: Tensor) -> None:
-        super().__init__(layers=[SharedLayer(shared) for shared in layers])
+        self.shared = [SharedLayer(prompts) for prompts in layers]
+        super().__init__(layers=list(self.shared))
         self._arrange(owner)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._arrange(self.owner[beam_idx])
 
     def _arrange(self, owner: Tensor) -> None:
-        """Index the rows by prompt; prompts without rows are dropped."""
+        """Find the places of the rows by prompt, and drop prompts that have none left."""
         prompts, self.owner = owner.unique(return_inverse=True)
-        for layer in self.layers:
-            if len(prompts) < len(layer.shared[0]):
-                layer.shared = layer.shared[0][prompts], layer.shared[1][prompts]
-        rank = (self.owner[:, None] == self.owner).tril(-1).sum(1)  # place among the rows of the same prompt
-        samples, heads = int(rank.max()) + 1, self.layers[0].shared[0].shape[1]
-        rows = torch.zeros(
-            len(prompts), 1, samples, dtype=torch.int64, device=owner.device
-        )  # row 0 where one is missing
+        for layer in self.shared:
+            keys, values = layer.prompts
+            if len(prompts) < len(keys):
+                layer.prompts = keys[prompts], values[prompts]
+        rank = (self.owner[:, None] == self.owner).tril(-1).sum(1)  # (R,): place among the rows of the same prompt
+        heads = torch.arange(self.shared[0].prompts[0].shape[1], device=owner.device)
+        self.shape = len(prompts), len(heads), int(rank.max()) + 1  # P, K, and the most rows of a prompt, S
+        rows = rank.new_zeros(len(prompts), 1, self.shape[2])  # where a prompt has fewer, row 0 stands in
         rows[self.owner, 0, rank] = torch.arange(len(owner), device=owner.device)
-        head = torch.arange(heads, device=owner.device)
-        self.shape = (len(prompts), heads, samples)
-        self.by_prompt = (rows * heads + head[:, None]).flatten()  # from (R, heads) to `shape`
-        self.by_row = ((self.owner[:, None] * heads + head) * samples + rank[:, None]).flatten()  # and back
+        self.by_prompt = (rows * len(heads) + heads[:, None]).flatten()  # (P, K, S): places in (R, K)
+        self.by_row = ((self.owner[:, None] * len(heads) + heads) * self.shape[2] + rank[:, None]).flatten()  # and back
 
     def attend(
         self,
@@ -333,12 +338,10 @@ class SharedCache(Cache):
         The queries of a prompt's rows meet its keys in one matrix product. attention_mask is boolean (R, 1, 1, past).
         Returns (R, 1, H, dim) and no weights, as transformers' attention functions do.
         """
-        layer = self.layers[module.layer_idx]
+        layer = self.shared[module.layer_idx]
         if key is not layer.keys or value is not layer.values:
-            raise NotImplementedError(
-                f"{type(module).__name__} does not attend to its key-value cache as it is: use NativeGenerator(share=False)"
-            )
-        far, far_value = layer.shared
+            raise NotImplementedError(f"{type(module).__name__} does not read its cache as it is: set share=False")
+        far, far_value = layer.prompts
         rows, heads, _, dim = query.shape
         query = query.reshape(rows, key.shape[1], -1, dim) * (dim**-0.5 if scaling is None else scaling)
         scores = self._to_rows(self._to_prompts(query) @ far.transpose(2, 3))  # (R, K, H / K, L)
@@ -350,15 +353,16 @@ class SharedCache(Cache):
         return out.reshape(rows, 1, heads, -1), None
 
     def _to_prompts(self, x: Tensor) -> Tensor:
-        """(R, K, g, d) to (P, K, samples * g, d)."""
+        """(R, K, g, d) to (P, K, S * g, d)."""
         return x.flatten(0, 1).index_select(0, self.by_prompt).unflatten(0, self.shape).flatten(2, 3)
 
     def _to_rows(self, x: Tensor) -> Tensor:
-        """(P, K, samples * g, d) to (R, K, g, d)."""
+        """(P, K, S * g, d) to (R, K, g, d)."""
         x = x.unflatten(2, (self.shape[2], -1)).flatten(0, 2)
         return x.index_select(0, self.by_row).unflatten(0, (-1, self.shape[1]))
 
 
+AttentionInterface.register("lit_rl", sdpa_attention_forward)  # `SharedCache.attend` takes its place while sampling
 AttentionMaskInterface.register("lit_rl", sdpa_mask)
 
 
@@ -370,7 +374,7 @@ def _growing(model: Any) -> bool:
 
 
 def _shareable(model: Any, layers: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the model's attention can be replaced, has no sinks or caps, and reads in float32 what the cache holds."""
+    """Whether the model's attention can be replaced, has no sinks or caps, and reads its cache as it is, in float32."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
@@ -389,13 +393,13 @@ def _similar(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
             start = end
 
 
-def _join(layers: Sequence[Any], width: int) -> tuple[Tensor, Tensor]:
+def _join(parts: Sequence[DynamicLayer], width: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer from several batches, filled up at the left: (P, heads, width, dim) each."""
-    keys, values = (
-        torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in parts])
-        for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
-    )
-    return keys, values
+
+    def join(tensors: list[Any]) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in tensors])
+
+    return join([part.keys for part in parts]), join([part.values for part in parts])
 
 
 def _close_gaps(done: Tensor, remaining: int) -> Tensor:

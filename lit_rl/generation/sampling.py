@@ -12,9 +12,9 @@ from lit_rl.generation.base import Sampling
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """(count, len(seeds)) float32 in (0, 1): column j depends on seed j only, its first rows not on `count`.
+    """(count, len(seeds)) float32 in (0, 1): column j depends on seed j only, and its first rows not on `count`.
 
-    The values are the middles of 2^23 equal cells: exact in float32, never 0 or 1.
+    The values are the middles of 2^23 equal cells: exact in float32, from 2^-24 to 1 - 2^-24.
     """
     draws = [np.random.Generator(np.random.Philox(key=seed)).random(count) for seed in seeds]
     cells = np.floor(np.stack(draws, axis=1) * 2**23)
@@ -24,27 +24,31 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row by inverse CDF, with temperature, then top-k, top-p and min-p as in transformers.
 
-    Takes logits (N, V) of any float dtype and uniform (N,) in (0, 1); temperature 0 reads no `uniform`. Returns token
-    (N,) int64, its log-probability (N,) float32 under the renormalised distribution, and the log of the mass that
-    truncation kept (N,) float32. Among equal probabilities top-k keeps exactly k and top-p the fewest.
+    Takes logits (N, V) of any float dtype and uniform (N,), not read at temperature 0. Returns, (N,) each: the token,
+    int64; its log-probability under the renormalised distribution, float32; the log of the mass that the truncation
+    kept, float32. Among equally likely tokens at the border exactly as many are kept as top-k or top-p needs.
     """
     if sampling.temperature == 0:
         best, token = logits.float().log_softmax(-1).max(-1)
         return token, best, torch.zeros_like(best)
     probs, index = (logits.float() / sampling.temperature).softmax(-1), None
-    if sampling.top_k or sampling.top_p < 1:
-        probs, index = probs.topk(min(sampling.top_k or probs.shape[-1], probs.shape[-1]))  # descending
+    if sampling.top_k:
+        probs, index = probs.topk(min(sampling.top_k, probs.shape[-1]))
+    elif sampling.top_p < 1:
+        probs, index = probs.sort(descending=True, stable=True)
     if sampling.top_p < 1:
         before = probs.cumsum(-1) - probs
         probs = probs.where(before < sampling.top_p * probs.sum(-1, keepdim=True), 0)
     if sampling.min_p:
         probs = probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0)
-    cdf = probs.cumsum(-1)
+    # A CPU sums in double and rounds, so that the CDF ascends; the partial sums of a parallel scan in float32 may not.
+    cdf = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else None)
     mass = cdf[:, -1:]
-    # The largest uniform is 1 - 2^-24, so the product is below `mass` after rounding too: the slot exists, and since it
-    # is the first to pass the product its probability is above 0.
-    slot = torch.searchsorted(cdf, uniform[:, None] * mass, right=True)
-    log_kept = mass.log().squeeze(-1)
-    logp = probs.gather(-1, slot).log().squeeze(-1) - log_kept
+    # uniform <= 1 - 2^-24, so the product stays below the mass even when rounded and some slot's CDF is above it; the
+    # first such slot adds to the CDF, which means that its probability is not 0. Only NaN passes the end.
+    slot = torch.searchsorted(cdf, uniform[:, None] * mass, right=True).clamp_(max=cdf.shape[-1] - 1)
     token = slot if index is None else index.gather(-1, slot)
-    return token.squeeze(-1), logp, log_kept
+    cut = index is not None or sampling.min_p > 0
+    log_kept = mass.float().log() if cut else torch.zeros_like(mass, dtype=torch.float32)
+    logp = probs.gather(-1, slot).log() - log_kept
+    return token.squeeze(-1), logp.squeeze(-1), log_kept.squeeze(-1)

@@ -1,0 +1,43 @@
+"""The README's code runs, and what it names exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lit_rl.commands import COMMANDS, recipe_paths
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_blocks_for_each_way_in():
+    assert len(PYTHON) == 3
+    assert len([line for line in SHELL if line.startswith("lit-rl fit")]) >= 3
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("lit-rl ")])
+def test_commands_parse(line, monkeypatch, capsys):
+    """Every command line is accepted by its parser; none is run."""
+    words = shlex.split(line)[1:]
+    if words[0] in COMMANDS:
+        return
+    from lit_rl import cli
+
+    words = [w.replace("mypackage.MyCallback", "lit_rl.callbacks.EntropyMonitor") for w in words]
+    Path("checkpoints").mkdir()
+    for name in ("instantiate_classes", "_run_subcommand"):
+        monkeypatch.setattr(cli.CLI, name, lambda *a, **k: None)
+    assert cli.run_cli(words).config[words[0]]
+
+
+def test_recipes_are_named():
+    for name in recipe_paths():
+        assert re.search(rf"\b{name}\b", README), name
