@@ -54,6 +54,9 @@ class Parser(LightningArgumentParser):
     """Complains in a few lines, with suggestions, where jsonargparse prints the usage of every option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Does not validate against any", "Errors:")
+        lines = [line for line in message.split("\n") if not line.strip().startswith(noise)]
+        message = "\n".join(lines) or message
         message += suggestions(message)
         if not self.exit_on_error:
             super().error(message, ex)
@@ -65,7 +68,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run.folder(trainer)
-        if stage == "fit" and isinstance(trainer.logger, RunLogger) and trainer.ckpt_path is None:
+        if stage == "fit" and isinstance(trainer.logger, RunLogger) and self.config.get("ckpt_path") is None:
             run.refuse_other_run(folder / "config.yaml")
         if trainer.is_global_zero and not trainer.fast_dev_run:
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lit_rl.report import smooth, thin, ticks, write_report
+from lit_rl.charts import smooth, thin, ticks
+from lit_rl.report import write_report
 
 EVIL = "</div></details><script>alert(1)</script><img src=x onerror=alert(1)>&amp;"
 

@@ -44,9 +44,9 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     # A CPU sums in double and rounds, so that the CDF ascends; the partial sums of a parallel scan in float32 may not.
     cdf = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else None)
     mass = cdf[:, -1:]
-    # uniform <= 1 - 2^-24, so the product stays below the mass even when rounded and some slot's CDF is above it; the
-    # first such slot adds to the CDF, which means that its probability is not 0. Only NaN passes the end.
-    slot = torch.searchsorted(cdf, uniform[:, None] * mass, right=True).clamp_(max=cdf.shape[-1] - 1)
+    # The product is above 0 and at most the mass, so a slot's CDF reaches it, and the first one that does adds to the CDF:
+    # its probability is not 0, however sums are rounded. Only NaN passes the end.
+    slot = torch.searchsorted(cdf, uniform[:, None] * mass).clamp_(max=cdf.shape[-1] - 1)
     token = slot if index is None else index.gather(-1, slot)
     cut = index is not None or sampling.min_p > 0
     log_kept = mass.float().log() if cut else torch.zeros_like(mass, dtype=torch.float32)
