@@ -11,7 +11,20 @@ from lit_rl import jsonl, run
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
 
-COLUMNS = ["step", "family", "task", "prompt", "response", "correct", "answer", "reason", "reward", "advantage", "mean_logp", "tokens"]
+COLUMNS = [
+    "step",
+    "family",
+    "task",
+    "prompt",
+    "response",
+    "correct",
+    "answer",
+    "reason",
+    "reward",
+    "advantage",
+    "mean_logp",
+    "tokens",
+]
 
 
 class Completions(RLCallback):
@@ -66,8 +79,20 @@ class Completions(RLCallback):
         result = []
         for i, (g, text, verdict) in enumerate(zip(x.group.tolist(), x.texts, x.verdicts, strict=True)):
             task = x.tasks[g]
-            values = [step, task.family, task.id, task.text(), text, verdict.correct if verdict.valid else None, verdict.answer, verdict.reason,
-                      float(x.rewards[i]), advantages[i], mean_logps[i], int(x.response_lengths[i])]  # fmt: skip
+            values = [
+                step,
+                task.family,
+                task.id,
+                task.text(),
+                text,
+                verdict.correct if verdict.valid else None,
+                verdict.answer,
+                verdict.reason,
+                float(x.rewards[i]),
+                advantages[i],
+                mean_logps[i],
+                int(x.response_lengths[i]),
+            ]
             result.append(dict(zip(COLUMNS, values, strict=True)))
         return result
 
@@ -75,7 +100,9 @@ class Completions(RLCallback):
         out = getattr(trainer.progress_bar_callback, "print", print)
         for r in records[: self.print_rows]:
             mark = {True: "right", False: "wrong", None: "not judged"}[r["correct"]]
-            out(f"--- step {r['step']}, {r['family']}, {mark}, reward {r['reward']:.2f}\n{r['prompt']}\n>>> {r['response']}")
+            out(
+                f"--- step {r['step']}, {r['family']}, {mark}, reward {r['reward']:.2f}\n{r['prompt']}\n>>> {r['response']}"
+            )
 
     def _add_to_table(self, logger: Any, records: list[dict[str, Any]], step: int) -> None:
         import wandb

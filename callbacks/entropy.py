@@ -31,9 +31,13 @@ class EntropyMonitor(RLCallback):
             return
         from transformers import PreTrainedModel
 
-        found = [m for m in pl_module.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None]
+        found = [
+            m for m in pl_module.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None
+        ]
         if not found:
-            raise ValueError(f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}")
+            raise ValueError(
+                f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}"
+            )
         self._handle = found[0].register_forward_hook(self._on_forward, with_kwargs=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -50,7 +54,9 @@ class EntropyMonitor(RLCallback):
             return  # generation, a reference model, validation
         logits = getattr(output, "logits", None)
         if logits is None:
-            raise ValueError("EntropyMonitor needs logits, and this model's fused loss returns none: turn the fused loss off")
+            raise ValueError(
+                "EntropyMonitor needs logits, and this model's fused loss returns none: turn the fused loss off"
+            )
         labels = kwargs.get("labels")
         if labels is not None:
             logits = logits[:, :-1][labels[:, 1:] != -100]
@@ -69,7 +75,9 @@ class EntropyMonitor(RLCallback):
         self._sum += float(terms.entropy.detach()[experience.mask].sum())
         self._tokens += int(experience.mask.sum())
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._tokens or trainer.world_size > 1:
             size = max(1, self._tokens)
             pl_module.log("entropy", self._sum / size, batch_size=size, sync_dist=trainer.world_size > 1)

@@ -38,7 +38,9 @@ class RolloutStats(RLCallback):
         self._numbers: dict[str, float] = {}
         self._start = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._ratios, self._clipped, self._tokens, self._numbers = [], 0, 0, {}
         self._start = time.perf_counter()
 
@@ -81,7 +83,9 @@ class RolloutStats(RLCallback):
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self._numbers["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._ratios and (ratios := torch.cat(self._ratios)).numel():
             self._numbers["ess"] = float(ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()))
             few = ratios[:: 1 + len(ratios) // SAMPLE]

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"TaskData": "base", "Bootcamp": "bootcamp", "ReasoningGym": "reasoning_gym"}
+_PUBLIC = {"TaskData": "base", "Bootcamp": "bootcamp", "ReasoningGym": "reasoning_gym", "Vowels": "vowels"}
 __all__ = list(_PUBLIC)
 
 

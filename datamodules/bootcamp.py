@@ -69,7 +69,9 @@ class Bootcamp(TaskData):
             raise ValueError(f"level is ({low}, {high}): the lowest comes first")
         for member in self.weights:
             if not 0 <= low <= high <= member.max_level:
-                raise ValueError(f"level is ({low}, {high}), but family {member.name} has levels 0 to {member.max_level}")
+                raise ValueError(
+                    f"level is ({low}, {high}), but family {member.name} has levels 0 to {member.max_level}"
+                )
         for name, value in (("size", size), ("val_size", val_size), ("test_size", test_size), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -92,7 +94,9 @@ class Bootcamp(TaskData):
             return
         outcomes = [
             (task.family, task.meta.get("level"), verdict.correct)
-            for task, verdict in zip((experience.tasks[g] for g in experience.group.tolist()), experience.verdicts, strict=True)
+            for task, verdict in zip(
+                (experience.tasks[g] for g in experience.group.tolist()), experience.verdicts, strict=True
+            )
             if verdict.valid
         ]
         for name, level, correct in (outcome for part in ranks.gather(outcomes) for outcome in part):
@@ -100,7 +104,11 @@ class Bootcamp(TaskData):
                 self.recent[name].append(correct)
         for name, recent in self.recent.items():
             del recent[: -self.window]
-            if len(recent) == self.window and sum(recent) >= self.promote_at * self.window and self.current[name] < self.high:
+            if (
+                len(recent) == self.window
+                and sum(recent) >= self.promote_at * self.window
+                and self.current[name] < self.high
+            ):
                 self.current[name] += 1
                 recent.clear()
                 rank_zero_info(f"{name} is promoted to level {self.current[name]}")
@@ -134,7 +142,10 @@ class _Split:
             turn, place = divmod(index, len(self.members))
             return draw(self.members[place], self.split, data.low + turn % levels, turn // levels).task(data.hint)  # type: ignore[arg-type]
         number = index + STRIDE * data.seed
-        chance = [int.from_bytes(blake2b(f"{number}/{what}".encode(), digest_size=8).digest(), "big") / 2**64 for what in ("family", "level")]
+        chance = [
+            int.from_bytes(blake2b(f"{number}/{what}".encode(), digest_size=8).digest(), "big") / 2**64
+            for what in ("family", "level")
+        ]
         member = self.members[bisect(self.cumulative, chance[0] * self.cumulative[-1], hi=len(self.members) - 1)]
         level = data.current[member.name] if data.adaptive else data.low + int(chance[1] * levels)
         return draw(member, "train", level, number).task(data.hint)
@@ -144,5 +155,7 @@ def _resolve(names: list[str] | dict[str, float]) -> dict[Family, float]:
     weights = names if isinstance(names, dict) else dict.fromkeys(names or families(), 1.0)
     for name, weight in weights.items():
         if not weight > 0:
-            raise ValueError(f"the weight of family {name} is {weight}: it must be above 0; leave the family out instead")
+            raise ValueError(
+                f"the weight of family {name} is {weight}: it must be above 0; leave the family out instead"
+            )
     return {family(name): float(weight) for name, weight in weights.items()}

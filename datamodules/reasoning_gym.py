@@ -74,16 +74,23 @@ class ReasoningGym(TaskData):
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise ImportError("ReasoningGym needs the package reasoning-gym: pip install 'lit-rl[reasoning-gym]'") from error
+            raise ImportError(
+                "ReasoningGym needs the package reasoning-gym: pip install 'lit-rl[reasoning-gym]'"
+            ) from error
         self.settings = datasets if isinstance(datasets, dict) else {name: {} for name in datasets}
         for name in self.settings:
             if name in REFUSED:
                 raise ValueError(f"reasoning-gym's {name} is refused: {REFUSED[name]}")
             if name not in DATASETS:
                 close = get_close_matches(name, DATASETS, n=3)
-                raise ValueError(f"reasoning-gym has no data set {name!r}" + (f": did you mean {' or '.join(close)}?" if close else ""))
+                raise ValueError(
+                    f"reasoning-gym has no data set {name!r}"
+                    + (f": did you mean {' or '.join(close)}?" if close else "")
+                )
         if not self.settings or not 0 < size <= STRIDE or val_size < 1 or test_size < 1:
-            raise ValueError(f"ReasoningGym needs data sets, and sizes from 1 to {STRIDE}: got {size}, {val_size}, {test_size}")
+            raise ValueError(
+                f"ReasoningGym needs data sets, and sizes from 1 to {STRIDE}: got {size}, {val_size}, {test_size}"
+            )
         self.sizes = {"train": size, "validation": val_size, "test": test_size}
         self.seeds = {"validation": 0, "test": STRIDE, "train": (2 + seed) * STRIDE}
         self._held_out: set[str] | None = None
@@ -93,7 +100,11 @@ class ReasoningGym(TaskData):
 
     def held_out(self) -> set[str]:
         if self._held_out is None:
-            self._held_out = {t.text() for split in ("validation", "test") for t in map(self.tasks(split).__getitem__, range(self.sizes[split]))}
+            self._held_out = {
+                t.text()
+                for split in ("validation", "test")
+                for t in map(self.tasks(split).__getitem__, range(self.sizes[split]))
+            }
         return self._held_out
 
 
@@ -120,5 +131,13 @@ class _Split:
             entry = source[number]
             prompt = f"{entry['question']}\nEnd with {wrap('the answer')}."
             if self.split != "train" or prompt not in self.data.held_out():
-                return Task(prompt, Score(name, entry), [wrap(str(entry["answer"]))], family=name, id=f"{name}/{self.split}/{number}")
-        raise ValueError(f"reasoning-gym's {name} holds too few questions beside the held-out ones: change its settings")
+                return Task(
+                    prompt,
+                    Score(name, entry),
+                    [wrap(str(entry["answer"]))],
+                    family=name,
+                    id=f"{name}/{self.split}/{number}",
+                )
+        raise ValueError(
+            f"reasoning-gym's {name} holds too few questions beside the held-out ones: change its settings"
+        )

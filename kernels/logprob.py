@@ -16,7 +16,9 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def naive_linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def naive_linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The specification. hidden (M, D), weight (V, D), targets (M,) -> log-probabilities (M,), entropies (M,), at least float32."""
     logps = (_full(hidden @ weight.T) / temperature).log_softmax(-1)  # (M, V)
     return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)

@@ -8,7 +8,7 @@ import sys
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jsonargparse
 import lightning.pytorch as L
@@ -43,7 +43,12 @@ def find_recipe(name: str) -> Path:
 
 def suggestions(message: str) -> str:
     """Names of ours close to those a parser's message complains of."""
-    options = {p for c in (*METHODS.values(), *DATAMODULES.values(), *CALLBACKS.values()) for k in c.__mro__ for p in signature(k).parameters}
+    options = {
+        p
+        for c in (*METHODS.values(), *DATAMODULES.values(), *CALLBACKS.values())
+        for k in c.__mro__
+        for p in signature(k).parameters
+    }
     names = [*METHODS, *DATAMODULES, *CALLBACKS, *options, *COMMANDS, "fit", "validate", "test", "predict"]
     words = dict.fromkeys(re.findall(r"[A-Za-z_][\w]{2,}", message))
     found = {w: get_close_matches(w, names, n=2, cutoff=0.75) for w in words if w not in names}
@@ -54,7 +59,13 @@ class Parser(LightningArgumentParser):
     """Complains in a few lines, with suggestions, where jsonargparse prints the usage of every option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Does not validate against any", "Errors:")
+        noise = (
+            "Given value",
+            "- Expected a <class 'NoneType'>",
+            "Subtypes:",
+            "Does not validate against any",
+            "Errors:",
+        )
         lines = [line for line in message.split("\n") if not line.strip().startswith(noise)]
         message = "\n".join(lines) or message
         message += suggestions(message)
@@ -85,16 +96,27 @@ class CLI(LightningCLI):
     parser_class = Parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str, default=None, help="The run's folder; runs/METHOD-N when neither it nor a logger is given.")
+        parser.add_argument(
+            "--run",
+            type=str,
+            default=None,
+            help="The run's folder; runs/METHOD-N when neither it nor a logger is given.",
+        )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.run is None and config.trainer.logger not in (None, True):
             return
         if config.trainer.logger in (None, True):
-            chosen = os.environ.get(RUN_VARIABLE) or config.run or _free_folder(config.model.class_path.rpartition(".")[2].lower())
+            chosen = (
+                os.environ.get(RUN_VARIABLE)
+                or config.run
+                or _free_folder(config.model.class_path.rpartition(".")[2].lower())
+            )
             os.environ[RUN_VARIABLE] = config.run = chosen
-            config.trainer.logger = jsonargparse.Namespace(class_path="lit_rl.run.RunLogger", init_args=jsonargparse.Namespace(folder=chosen))
+            config.trainer.logger = jsonargparse.Namespace(
+                class_path="lit_rl.run.RunLogger", init_args=jsonargparse.Namespace(folder=chosen)
+            )
             config.trainer.default_root_dir = config.trainer.default_root_dir or chosen
         else:
             config.trainer.default_root_dir = config.run
@@ -115,7 +137,10 @@ def run_cli(argv: list[str]) -> CLI:
             argv[i] = f"--config={find_recipe(word.removeprefix('--config='))}"
     if argv and not argv[0].startswith("-") and argv[0] not in ("fit", "validate", "test", "predict"):
         close = get_close_matches(argv[0], [*COMMANDS, "fit", "validate", "test", "predict"])
-        raise ValueError(f"there is no command {argv[0]!r}" + (f": did you mean {' or '.join(close)}?" if close else "; see lit-rl --help"))
+        raise ValueError(
+            f"there is no command {argv[0]!r}"
+            + (f": did you mean {' or '.join(close)}?" if close else "; see lit-rl --help")
+        )
     sys.argv[1:] = argv  # launchers of further processes repeat it
     chosen_before = os.environ.get(RUN_VARIABLE)
     try:
@@ -126,7 +151,10 @@ def run_cli(argv: list[str]) -> CLI:
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lit-rl", "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report."},
+            parser_kwargs={
+                "prog": "lit-rl",
+                "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
+            },
         )
     finally:
         if chosen_before is None:

@@ -91,4 +91,9 @@ def report(argv: list[str]) -> None:
     print(write_report(args.run, args.out))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"recipes": recipes, "bootcamp": bootcamp, "export": export, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "recipes": recipes,
+    "bootcamp": bootcamp,
+    "export": export,
+    "report": report,
+}

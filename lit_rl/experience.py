@@ -90,7 +90,9 @@ class Experience:
         Columns that only one side has are filled with zeros (False) on the other. Raises ValueError for an unknown group.
         """
         if len(other) and not 0 <= int(other.group.min()) <= int(other.group.max()) < len(self.tasks):
-            raise ValueError(f"rows of groups {other.group.unique().tolist()} added to an experience of {len(self.tasks)} groups")
+            raise ValueError(
+                f"rows of groups {other.group.unique().tolist()} added to an experience of {len(self.tasks)} groups"
+            )
         order = torch.cat([self.group, other.group]).argsort(stable=True)
         width = max(self.tokens.shape[1], other.tokens.shape[1])
 
@@ -131,7 +133,11 @@ class Experience:
 
 
 def build(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], group: Sequence[int], tasks: list[Task], pad_id: int = 0
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    group: Sequence[int],
+    tasks: list[Task],
+    pad_id: int = 0,
 ) -> Experience:
     """An experience of one row for each (prompt, response) pair of token ids; rewards are zero, nothing is truncated."""
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], dtype=torch.long)

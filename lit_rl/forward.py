@@ -60,7 +60,9 @@ def shared_layout(x: Experience) -> Layout:
     segment = pad_sequence(segments, batch_first=True, padding_value=-1)
     causal = torch.ones(width, width, dtype=torch.bool, device=x.tokens.device).tril()
     mask = causal & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))  # (B, L, L)
-    return Layout(pad_sequence(inputs, batch_first=True), pad_sequence(positions, batch_first=True), mask[:, None], source)
+    return Layout(
+        pad_sequence(inputs, batch_first=True), pad_sequence(positions, batch_first=True), mask[:, None], source
+    )
 
 
 class Forward:
@@ -135,7 +137,9 @@ class Forward:
         except (ValueError, RuntimeError, TypeError):
             self._shared = False
         if not self._shared:
-            self.notes.append("it does not take position ids with a 4-D mask: a group's prompt is computed once for each row")
+            self.notes.append(
+                "it does not take position ids with a 4-D mask: a group's prompt is computed once for each row"
+            )
 
     def _same(self, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> bool:
         exact = next(self.model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled()

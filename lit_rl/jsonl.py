@@ -20,7 +20,9 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file, none when there is no file; a line that a crash cut short is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:  # not splitlines: texts hold U+2028
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    ):  # not splitlines: texts hold U+2028
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -89,7 +89,10 @@ class Table:
             cells += [f"{row.majority:.3f}"] * (self.rows[-1].samples > 1) + [f"{row.length:.1f}"]
             lines.append(cells)
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+        text = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
         rule = "-" * len(text[0])
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 
@@ -142,7 +145,9 @@ class Evaluation(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("names", [], dist_reduce_fx="cat")  # (items, NAME_BYTES) uint8: a family's name, so that ranks can differ
+        self.add_state(
+            "names", [], dist_reduce_fx="cat"
+        )  # (items, NAME_BYTES) uint8: a family's name, so that ranks can differ
         self.add_state("numbers", [], dist_reduce_fx="cat")  # (items, 5) float32
 
     def update(self, family: str, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> None:

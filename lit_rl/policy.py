@@ -89,11 +89,18 @@ class Policy(L.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("epochs", epochs), ("minibatches", minibatches), ("microbatch_tokens", microbatch_tokens), ("eval_samples", eval_samples)):
+        for name, value in (
+            ("epochs", epochs),
+            ("minibatches", minibatches),
+            ("microbatch_tokens", microbatch_tokens),
+            ("eval_samples", eval_samples),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model", "tokenizer"])
-        self.hparams.update({k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)})
+        self.hparams.update(
+            {k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)}
+        )
         self.sampling = sampling if isinstance(sampling, Sampling) else Sampling(**sampling)
         self.scorer = scoring if isinstance(scoring, Scorer) else Scorer(**scoring)
         self.lr, self.weight_decay, self.schedule, self.warmup_steps = lr, weight_decay, schedule, warmup_steps
@@ -106,7 +113,9 @@ class Policy(L.LightningModule):
         models.disable_dropout(self.model)  # on-policy, the ratio must be one
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.eos = models.prepare_tokenizer(self.tokenizer, getattr(self.model, 'generation_config', None) or self.model.config)
+        self.eos = models.prepare_tokenizer(
+            self.tokenizer, getattr(self.model, "generation_config", None) or self.model.config
+        )
         self.token_terms = Forward(self.model)
         if generator is None:
             from lit_rl.generation.native import NativeGenerator
@@ -186,13 +195,17 @@ class Policy(L.LightningModule):
         for task in tasks:
             if task.score is None:
                 raise ValueError(f"the task {task.key()[:80]!r} has no `score`: only SFT can use it")
-        items = [(task.score, c.text) for task, group in zip(tasks, completions, strict=True) for c in group if task.score]
+        items = [
+            (task.score, c.text) for task, group in zip(tasks, completions, strict=True) for c in group if task.score
+        ]
         with self.clock("score"):
             flat = iter(self.scorer(items))
         verdicts = [[next(flat) for _ in group] for group in completions]
         if failed := [v for group in verdicts for v in group if not v.valid]:
             self.count("skipped/verifier_failed", len(failed))
-            rank_zero_warn(f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}")
+            rank_zero_warn(
+                f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}"
+            )
         return verdicts
 
     def count(self, name: str, value: float = 1.0) -> None:
@@ -220,7 +233,9 @@ class Policy(L.LightningModule):
                     rows.append((prompt, response, g, task.rewards[i] if task.rewards else 1.0, text))
                 else:
                     self.count("skipped/response_too_long")
-        x = build([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], tasks, self.tokenizer.pad_token_id or 0)
+        x = build(
+            [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], tasks, self.tokenizer.pad_token_id or 0
+        )
         x.rewards, x.texts = torch.tensor([r[3] for r in rows]), [r[4] for r in rows]
         return x
 
@@ -238,7 +253,9 @@ class Policy(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not isinstance(batch, list) or not all(isinstance(task, Task) for task in batch):
-            raise TypeError(f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list")
+            raise TypeError(
+                f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
+            )
         self.counts, self.seconds, self.sampled_tokens = {}, {}, 0
         self._plan = self.plan(self.collect(batch))
         self._loss = 0.0
@@ -305,13 +322,19 @@ class Policy(L.LightningModule):
         self._loss += float(loss.detach())
         return loss
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
         """One Trainer step is one experience, however many optimizer steps it affords."""
         minibatches = [m for _ in range(self.epochs) for m in self._plan if m]
         self.count("skipped/no_signal", float(not minibatches))
         for slices in minibatches:
-            super().optimizer_step(epoch, batch_idx, optimizer, partial(self._accumulate, slices, optimizer, optimizer_closure))
-        if not minibatches and optimizer_closure is not None:  # Lightning wants its closure run; the weights stay as they are
+            super().optimizer_step(
+                epoch, batch_idx, optimizer, partial(self._accumulate, slices, optimizer, optimizer_closure)
+            )
+        if (
+            not minibatches and optimizer_closure is not None
+        ):  # Lightning wants its closure run; the weights stay as they are
             self._slice = None
             with self._no_sync():
                 optimizer_closure()
@@ -339,7 +362,9 @@ class Policy(L.LightningModule):
     def sum_over_ranks(self, value: float) -> float:
         if self.trainer.world_size == 1:
             return float(value)
-        total = self.trainer.strategy.reduce(torch.tensor(float(value), dtype=torch.float64, device=self.device), reduce_op="sum")
+        total = self.trainer.strategy.reduce(
+            torch.tensor(float(value), dtype=torch.float64, device=self.device), reduce_op="sum"
+        )
         return float(total)
 
     def configure_optimizers(self) -> Any:
@@ -366,7 +391,9 @@ class Policy(L.LightningModule):
 
     def evaluate(self, tasks: list[Task]) -> None:
         temperature = self.sampling.temperature if self.eval_temperature is None else self.eval_temperature
-        kept, _, completions = self.respond(tasks, self.eval_samples, "eval", replace(self.sampling, temperature=temperature))
+        kept, _, completions = self.respond(
+            tasks, self.eval_samples, "eval", replace(self.sampling, temperature=temperature)
+        )
         verdicts = self.score(kept, completions)
         for task, group, judged in zip(kept, completions, verdicts, strict=True):
             self.evaluation.update(task.family or "all", judged, [len(c.tokens) for c in group])
@@ -416,7 +443,6 @@ class Policy(L.LightningModule):
         models.export(self.model, self.tokenizer, folder, overwrite=overwrite)
 
 
-
 def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: bool = False) -> None:
     """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else."""
     path = Path(checkpoint)
@@ -426,5 +452,7 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: boo
     if "lit_rl" not in content:
         raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
     model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
-    model.load_state_dict({k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")})
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    )
     models.export(model, tokenizer, folder, overwrite=overwrite)

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rl import hooks, objectives
@@ -89,13 +90,29 @@ class Rollout(Policy):
             ("tis_cap", tis_cap, tis_cap is None or tis_cap >= 1, "at least 1"),
             ("overlong_buffer", overlong_buffer, 0 <= overlong_buffer <= 1, "a share between 0 and 1"),
             ("max_rounds", max_rounds, max_rounds >= 1, "at least 1"),
-            ("dynamic_sampling", dynamic_sampling, not dynamic_sampling or group > 1, "off when group is 1: one reward is always equal to itself"),
+            (
+                "dynamic_sampling",
+                dynamic_sampling,
+                not dynamic_sampling or group > 1,
+                "off when group is 1: one reward is always equal to itself",
+            ),
         ]:
             if not fine:
                 raise ValueError(f"{name} is {value}: it must be {limit}")
-        self.group, self.advantage, self.aggregate, self.objective, self.ratio = group, advantage, aggregate, objective, ratio
+        self.group, self.advantage, self.aggregate, self.objective, self.ratio = (
+            group,
+            advantage,
+            aggregate,
+            objective,
+            ratio,
+        )
         self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap
-        self.kl_coef, self.kl_estimator, self.kl_in_reward, self.entropy_coef = kl_coef, kl_estimator, kl_in_reward, entropy_coef
+        self.kl_coef, self.kl_estimator, self.kl_in_reward, self.entropy_coef = (
+            kl_coef,
+            kl_estimator,
+            kl_in_reward,
+            entropy_coef,
+        )
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
@@ -112,7 +129,9 @@ class Rollout(Policy):
             return x
         if round(self.overlong_buffer * self.sampling.max_new_tokens):
             limit = self.sampling.max_new_tokens
-            x.rewards += objectives.overlong_penalty(x.response_lengths, limit, round(self.overlong_buffer * limit), self.overlong_factor)
+            x.rewards += objectives.overlong_penalty(
+                x.response_lengths, limit, round(self.overlong_buffer * limit), self.overlong_factor
+            )
         if self.old_logps == "sampler" or (self.old_logps == "auto" and self.exact_sampler):
             x.logps = x.sampler_logps
         elif self.old_logps == "recompute" or self.epochs * self.minibatches > 1 or self.kl_in_reward:
@@ -131,25 +150,34 @@ class Rollout(Policy):
     def sample(self, tasks: list[Task]) -> Experience:
         """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
 
-        Raises RuntimeError when no group of `max_rounds` rounds does. Fewer than a full batch is counted, and trained on.
+        Fewer than a full batch after `max_rounds` is counted, and trained on. When there is none at all, training stops
+        if every response was right (there is nothing left to learn), and RuntimeError is raised otherwise.
         """
-        x = self.round(tasks)
+        drawn = self.round(tasks)
         if not self.dynamic_sampling:
-            return x
-        x = self.informative(x)
-        rounds, tried = 1, len(tasks)
+            return drawn
+        x, rounds, tried = self.informative(drawn), 1, len(drawn)
+        right = sum(verdict.correct for verdict in drawn.verdicts)
         while self.sum_over_ranks(len(x.tasks) < len(tasks)) and rounds < self.max_rounds:
-            more = self.more_tasks(len(tasks), rounds) if len(x.tasks) < len(tasks) else []
-            x = concat(x, self.informative(self.round(more)))
-            rounds, tried = rounds + 1, tried + len(more)
+            drawn = self.round(self.more_tasks(len(tasks), rounds) if len(x.tasks) < len(tasks) else [])
+            x = concat(x, self.informative(drawn))
+            rounds, tried = rounds + 1, tried + len(drawn)
+            right += sum(verdict.correct for verdict in drawn.verdicts)
         self.count("dynamic_sampling/rounds", rounds)
         self.count("dynamic_sampling/missing", max(0, len(tasks) - len(x.tasks)))
         if not self.sum_over_ranks(len(x.tasks)):
-            raise RuntimeError(
-                f"dynamic sampling found no group with different rewards in {tried} prompts ({rounds} rounds of {len(tasks)},"
-                f" {self.group} responses each): the tasks are all too hard or all too easy for the policy. Change their level,"
-                " warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
-            )
+            tried, right = int(self.sum_over_ranks(tried)), int(self.sum_over_ranks(right))
+            if tried and right == tried:
+                rank_zero_warn(
+                    f"all of {tried} responses were right: there is nothing left to learn, and training stops"
+                )
+                self.trainer.should_stop = True
+            else:
+                raise RuntimeError(
+                    f"dynamic sampling found no group with different rewards among {tried} responses, {right} of them right"
+                    f" ({rounds} rounds of {len(tasks)} prompts): the tasks are too hard or too easy for the policy. Change"
+                    " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
+                )
         return x.groups(range(min(len(tasks), len(x.tasks))))
 
     def round(self, tasks: list[Task]) -> Experience:
@@ -157,7 +185,13 @@ class Rollout(Policy):
         tasks, prompts, completions = self.respond(tasks, self.group, "train")
         flat = [c for group in completions for c in group]
         index = [g for g, group in enumerate(completions) for _ in group]
-        x = build([prompts[g] for g in index], [c.tokens.tolist() for c in flat], index, tasks, self.tokenizer.pad_token_id or 0)
+        x = build(
+            [prompts[g] for g in index],
+            [c.tokens.tolist() for c in flat],
+            index,
+            tasks,
+            self.tokenizer.pad_token_id or 0,
+        )
         verdicts = self.score(tasks, completions)
         x.verdicts = [v for group in verdicts for v in group]
         x.texts = [c.text for c in flat]
@@ -182,7 +216,10 @@ class Rollout(Policy):
         loader: Any = self.trainer.train_dataloader
         data = getattr(loader, "dataset", None)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            raise TypeError(f"dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and indices, not {type(data).__name__}")
+            raise TypeError(
+                "dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and"
+                f" indices, not {type(data).__name__}"
+            )
         key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}\0{self.global_rank}"
         rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
         return [data[i] for i in rng.sample(range(len(data)), min(n, len(data)))]
@@ -226,7 +263,7 @@ class Rollout(Policy):
 
     def terms(self, x: Experience) -> Terms:
         """The per-token loss of a slice, before any callback."""
-        assert x.weights is not None and x.advantages is not None
+        assert x.weights is not None
         logps, entropy = self.token_terms(x, self.temperature)
         old = logps.detach() if x.logps is None else x.logps
         log_ratio = objectives.log_ratio(logps, old, x.mask, self.ratio)
@@ -237,7 +274,9 @@ class Rollout(Policy):
             loss = loss + self.kl_coef * objectives.kl(logps, x.ref_logps, x.mask, self.kl_estimator)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
-        return Terms(logps, entropy if self.entropy_coef else entropy.detach(), loss, x.weights, log_ratio.detach(), clipped)
+        return Terms(
+            logps, entropy if self.entropy_coef else entropy.detach(), loss, x.weights, log_ratio.detach(), clipped
+        )
 
     def surrogate(self, log_ratio: Tensor, logps: Tensor, x: Experience) -> objectives.Objective:
         """(N, T) loss and where its clip is active. What a method with another objective overrides."""

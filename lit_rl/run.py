@@ -1,10 +1,10 @@
 """A run's folder, and the logger that writes there.
 
-    metrics.jsonl      one line a logged step (RunLogger)
-    evaluations.jsonl  one line an evaluation
-    completions.jsonl  one line a response (the Completions callback)
-    config.yaml        what was run (the command line)
-    checkpoints/
+metrics.jsonl      one line a logged step (RunLogger)
+evaluations.jsonl  one line an evaluation
+completions.jsonl  one line a response (the Completions callback)
+config.yaml        what was run (the command line)
+checkpoints/
 """
 
 from __future__ import annotations
@@ -72,4 +72,7 @@ def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
     if trainer.state.fn in ("validate", "test"):
         print(f"\n{table}\n", flush=True)
     if trainer.loggers:
-        jsonl.append(path / EVALUATIONS, [{"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}])
+        jsonl.append(
+            path / EVALUATIONS,
+            [{"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}],
+        )

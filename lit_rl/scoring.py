@@ -8,12 +8,12 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import select
 import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -99,7 +99,7 @@ class _Child:
                 _limit_memory(memory_mb)
                 with os.fdopen(write, "w") as out:
                     for i in todo:
-                        out.write(json.dumps(asdict(judge(*items[i]))) + "\n")
+                        out.write(json.dumps(asdict(judge(*items[i])), default=str) + "\n")
                         out.flush()
             finally:
                 os._exit(0)  # no exit handlers of the trainer
@@ -125,19 +125,19 @@ class _Child:
 
     def kill(self) -> None:
         os.close(self.pipe)
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            if self.exit is None:
-                try:
-                    os.kill(self.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-        if self.exit is None:
-            self.exit = os.waitpid(self.pid, 0)[1]
+        if self.exit is not None:
+            return
+        for kill in (os.killpg, os.kill):  # before the child has made its group there is only itself
+            with suppress(ProcessLookupError, PermissionError):
+                kill(self.pid, signal.SIGKILL)
+        self.exit = os.waitpid(self.pid, 0)[1]
 
 
 def _limit_memory(megabytes: int) -> None:
+    if not os.path.exists("/proc/self/statm"):
+        return  # only Linux tells what is held already
+    import resource
+
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))

@@ -74,7 +74,11 @@ class Task:
 
     def text(self) -> str:
         """The prompt as plain text, for logs."""
-        return self.prompt if isinstance(self.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
+        return (
+            self.prompt
+            if isinstance(self.prompt, str)
+            else "\n".join(f"{m['role']}: {m['content']}" for m in self.prompt)
+        )
 
     def key(self) -> str:
         return self.id or self.text()

@@ -40,9 +40,17 @@ def main() -> None:
 
     def trainer(steps: int, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
         return L.Trainer(
-            max_steps=steps, accelerator="cpu", devices=1, gradient_clip_val=1.0, logger=RunLogger(str(folder)), callbacks=callbacks,
-            log_every_n_steps=1, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
+            max_steps=steps,
+            accelerator="cpu",
+            devices=1,
+            gradient_clip_val=1.0,
+            logger=RunLogger(str(folder)),
+            callbacks=callbacks,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
 
     print(f"1. warm start: {args.warm_steps} steps of SFT on worked solutions of {', '.join(FAMILIES)}")
     start = time.perf_counter()
@@ -53,7 +61,15 @@ def main() -> None:
     warm.export(args.run / "warm" / "model")
     print(f"   {time.perf_counter() - start:.0f} s")
 
-    policy = GRPO(str(args.run / "warm" / "model"), lr=1e-3, group=16, sampling=sampling, kl_coef=0.0, schedule="linear", eval_samples=2)
+    policy = GRPO(
+        str(args.run / "warm" / "model"),
+        lr=1e-3,
+        group=16,
+        sampling=sampling,
+        kl_coef=0.0,
+        schedule="linear",
+        eval_samples=2,
+    )
     rl = trainer(args.steps, args.run, [EntropyMonitor(), RolloutStats(), Completions()])
     bootcamp = Bootcamp(**data, batch_size=16, eval_batch_size=250)
     print("2. held-out tasks before reinforcement learning")
@@ -71,7 +87,12 @@ def main() -> None:
     after = policy.table
     policy.export(args.run / "model")
 
-    summary = {"before": before.as_dict(), "after": after.as_dict(), "seed": args.seed, "train_seconds": round(seconds, 1)}
+    summary = {
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+        "seed": args.seed,
+        "train_seconds": round(seconds, 1),
+    }
     (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report = write_report(args.run)
     gain = after.as_dict()["mean"] - before.as_dict()["mean"]

@@ -9,9 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAPPED = {"lit_rl": "lit_rl", "callbacks": "lit_rl.callbacks", "datamodules": "lit_rl.datamodules", "kernels": "lit_rl.kernels"}
+MAPPED = {
+    "lit_rl": "lit_rl",
+    "callbacks": "lit_rl.callbacks",
+    "datamodules": "lit_rl.datamodules",
+    "kernels": "lit_rl.kernels",
+}
 HEAVY = {"vllm", "wandb", "bitsandbytes", "peft", "matplotlib", "reasoning_gym", "transformers", "tokenizers"}
-LAYERS = ["kernels", "ops", "task", "experience", "hooks", "generation", "forward", "policy", "rollout", "methods", "cli"]
+LAYERS = [
+    "kernels",
+    "ops",
+    "task",
+    "experience",
+    "hooks",
+    "generation",
+    "forward",
+    "policy",
+    "rollout",
+    "methods",
+    "cli",
+]
 
 
 def modules():
@@ -42,7 +59,9 @@ def test_every_package_is_listed():
             folders.add(".".join([package, *path.parent.relative_to(ROOT / top).parts]))
     assert set(project["packages"]) == folders
     assert project["package-dir"] == {package: top for top, package in MAPPED.items()}
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the package kernels, which transformers imports"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), (
+        "it would shadow the package kernels, which transformers imports"
+    )
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
@@ -54,16 +73,23 @@ def test_imports_point_downwards(name, path):
         assert {i.split(".")[0] for i in found} <= {"torch", "triton", "typing", "__future__", "math"}
     if area == "callbacks":
         assert not any(i.startswith(("lit_rl.datamodules", "lit_rl.methods")) for i in found)
-        assert name.count(".") < 2 or not any(i.startswith((".", "lit_rl.callbacks")) for i in found), "callbacks do not import each other"
+        assert name.count(".") < 2 or not any(i.startswith((".", "lit_rl.callbacks")) for i in found), (
+            "callbacks do not import each other"
+        )
     if area == "datamodules":
-        assert not any(i.startswith(("lit_rl.callbacks", "lit_rl.methods", "lit_rl.rollout", "lit_rl.policy")) for i in found - {"lit_rl.experience"})
+        assert not any(
+            i.startswith(("lit_rl.callbacks", "lit_rl.methods", "lit_rl.rollout", "lit_rl.policy"))
+            for i in found - {"lit_rl.experience"}
+        )
         if "families" in parts:
             assert not any(i.split(".")[0] in ("torch", "lightning", "numpy") for i in found)
     if area in LAYERS and area != "cli":
         assert not any(i.startswith(("lit_rl.callbacks", "lit_rl.datamodules", "lit_rl.cli")) for i in found)
         above = LAYERS[LAYERS.index(area) + 1 :]
         runtime = set(imports(path, top_level_only=True))
-        assert not any(i == f"lit_rl.{layer}" or i.startswith(f"lit_rl.{layer}.") for i in runtime for layer in above), (name, runtime)
+        assert not any(
+            i == f"lit_rl.{layer}" or i.startswith(f"lit_rl.{layer}.") for i in runtime for layer in above
+        ), (name, runtime)
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
@@ -73,8 +99,19 @@ def test_heavy_packages_are_imported_in_functions(name, path):
 
 
 def cpu_seconds(code):
-    run = subprocess.run([sys.executable, "-c", f"{code}\nimport time; print(time.process_time())"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport time; print(time.process_time())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(run.stdout.split()[-1])
+
+
+def loaded(before, after):
+    """Top-level names of the modules that `after` imports beyond `before`."""
+    code = f"import sys\n{before}\nold = set(sys.modules)\n{after}\nprint(*{{m.split('.')[0] for m in set(sys.modules) - old}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_importing_lit_rl_costs_nothing():
@@ -82,9 +119,9 @@ def test_importing_lit_rl_costs_nothing():
 
 
 def test_the_command_line_adds_nothing_heavy_to_lightning():
-    code = "import sys, lightning.pytorch.cli as c; before = set(sys.modules); import lit_rl.cli; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
-    new = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not new & (HEAVY - {"transformers"}), new
-    code = "import sys; from lit_rl.datamodules.families import families; families(); print(*{m.split('.')[0] for m in sys.modules})"
-    new = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded("import lightning.pytorch.cli", "import lit_rl.cli") & (HEAVY - {"transformers"})
+
+
+def test_families_need_the_standard_library_alone():
+    new = loaded("", "from lit_rl.datamodules.families import families; families()")
     assert not new & {"torch", "lightning", "numpy"}

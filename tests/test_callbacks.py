@@ -20,7 +20,9 @@ class Stranger(L.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        config = transformers.LlamaConfig(
+            vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
         self.lm = transformers.LlamaForCausalLM(config)
         self.seen = []
 
@@ -84,8 +86,24 @@ def test_rollout_stats():
     module = policy(epochs=2, minibatches=2, lr=3e-3)
     trainer(max_steps=1, callbacks=[RolloutStats(), log]).fit(module, Letters(batch_size=8))
     (row,) = log.rows
-    assert {"groups/no_signal", "length/mean", "clip_fraction", "ratio/p1", "ratio/p50", "ratio/p99", "ess", "grad_norm", "reward/all", "invalid",
-            "seconds/generate", "seconds/score", "seconds/train", "tokens_per_second", "reward_std", "length/truncated"} <= row.keys()  # fmt: skip
+    assert {
+        "groups/no_signal",
+        "length/mean",
+        "clip_fraction",
+        "ratio/p1",
+        "ratio/p50",
+        "ratio/p99",
+        "ess",
+        "grad_norm",
+        "reward/all",
+        "invalid",
+        "seconds/generate",
+        "seconds/score",
+        "seconds/train",
+        "tokens_per_second",
+        "reward_std",
+        "length/truncated",
+    } <= row.keys()
     assert row["ratio/p1"] < 1 < row["ratio/p99"]
     assert 0 < row["ess"] <= 1
     assert row["grad_norm"] > 0
@@ -151,5 +169,7 @@ def test_a_listener_need_not_be_a_callback_of_ours():
 
 def test_callbacks_compose_with_each_other():
     log = Log()
-    trainer(max_steps=2, callbacks=[EntropyMonitor(), RolloutStats(), Completions(), log]).fit(policy(Rollout), Letters())
+    trainer(max_steps=2, callbacks=[EntropyMonitor(), RolloutStats(), Completions(), log]).fit(
+        policy(Rollout), Letters()
+    )
     assert {"entropy", "reward", "loss", "grad_norm"} <= log.rows[-1].keys()

@@ -50,10 +50,22 @@ def test_resume_validate_export_and_report(capsys):
     a, b = (torch.load(f"{r}/checkpoints/last.ckpt", weights_only=True) for r in ("straight", "stopped"))
     assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
     assert Path("straight/completions.jsonl").read_text() == Path("stopped/completions.jsonl").read_text()
-    losses = [[r["loss"] for r in jsonl.read(Path(f"{name}/metrics.jsonl")) if "loss" in r] for name in ("straight", "stopped")]
+    losses = [
+        [r["loss"] for r in jsonl.read(Path(f"{name}/metrics.jsonl")) if "loss" in r]
+        for name in ("straight", "stopped")
+    ]
     assert losses[0] == losses[1]
 
-    code, text = run(capsys, "validate", "--config", "straight/config.yaml", "--ckpt_path", "straight/checkpoints/last.ckpt", "--run", "straight")
+    code, text = run(
+        capsys,
+        "validate",
+        "--config",
+        "straight/config.yaml",
+        "--ckpt_path",
+        "straight/checkpoints/last.ckpt",
+        "--run",
+        "straight",
+    )
     assert code == 0, text
     assert "add-columns" in text
     assert "pass@1" in text
@@ -98,10 +110,16 @@ def test_runs_without_a_name_get_their_own_folders(capsys):
         (["fit", "--config", "grpo", "--model", "DAPPO"], "Did you mean DAPO instead of DAPPO?"),
         (["fit", "--config", "grpo", "--model.gruop", "4"], "Did you mean group instead of gruop?"),
         (["fit", "--config", "grpo", "--data", "Botcamp"], "Did you mean Bootcamp instead of Botcamp?"),
-        (["fit", "--config", "grpo", "--trainer.callbacks+=EntropyMonitr"], "Did you mean EntropyMonitor instead of EntropyMonitr?"),
+        (
+            ["fit", "--config", "grpo", "--trainer.callbacks+=EntropyMonitr"],
+            "Did you mean EntropyMonitor instead of EntropyMonitr?",
+        ),
         (["fit", "--config", "cispo", "--config", "tiny", "--model.cap", "0.2"], "cap is 0.2: it must be at least 1"),
         (["fit", "--config", "grpo", "--config", "tiny", "--model.model", "tinny"], "did you mean 'tiny'"),
-        (["fit", "--config", "grpo", "--config", "tiny", "--data.families", "[add-colums]"], "did you mean add-columns"),
+        (
+            ["fit", "--config", "grpo", "--config", "tiny", "--data.families", "[add-colums]"],
+            "did you mean add-columns",
+        ),
         (["fit", "--config", "grpo", "--config", "tiny", "--data.level", "12"], "levels 0 to 9"),
         (["fit", "--config", "grpo", "--config", "tiny", "--model.sampling.top_p", "1.5"], "top_p is 1.5"),
         (["bootcamp", "show", "add-colums"], "did you mean add-columns"),
@@ -161,7 +179,20 @@ def test_help_shows_a_method(capsys):
 
 
 def test_test_prints_a_table_and_predict_writes_records(capsys):
-    code, text = run(capsys, "test", "--config", "grpo", "--config", "tiny", "--model.eval_samples", 4, "--trainer.callbacks", "[]", "--run", "r")
+    code, text = run(
+        capsys,
+        "test",
+        "--config",
+        "grpo",
+        "--config",
+        "tiny",
+        "--model.eval_samples",
+        4,
+        "--trainer.callbacks",
+        "[]",
+        "--run",
+        "r",
+    )
     assert code == 0, text
     for word in ("pass@1", "±95%", "pass@4", "maj@4", "length", "sort-numbers", "mean"):
         assert word in text
@@ -174,8 +205,23 @@ def test_the_module_runs_from_a_shell(tmp_path):
 
 def test_wandb_offline_holds_config_metrics_and_a_growing_table(capsys):
     wandb = pytest.importorskip("wandb")
-    fit(capsys, "--config", "grpo", "--config", "tiny", "--trainer.max_steps", 3, "--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true",
-        "--trainer.logger.save_dir", "w", "--trainer.callbacks.every_n_train_steps", 1)  # fmt: skip
+    fit(
+        capsys,
+        "--config",
+        "grpo",
+        "--config",
+        "tiny",
+        "--trainer.max_steps",
+        3,
+        "--trainer.logger",
+        "WandbLogger",
+        "--trainer.logger.offline",
+        "true",
+        "--trainer.logger.save_dir",
+        "w",
+        "--trainer.callbacks.every_n_train_steps",
+        1,
+    )
     wandb.finish()
     tables = sorted(Path("w").rglob("completions_*.table.json"), key=lambda p: int(p.name.split("_")[1]))
     assert len(tables) == 3

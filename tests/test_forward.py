@@ -7,7 +7,14 @@ import transformers as t
 from lit_rl.experience import build
 from lit_rl.forward import Forward, rows_layout, shared_layout
 
-SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZES = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 CONFIGS = {
     "llama": lambda: t.LlamaConfig(**SIZES),
     "llama-tied": lambda: t.LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -30,7 +37,10 @@ def model_of(name):
 
 def experience():
     g = torch.Generator().manual_seed(1)
-    ids = lambda n: torch.randint(60, (n,), generator=g).tolist()
+
+    def ids(n):
+        return torch.randint(60, (n,), generator=g).tolist()
+
     a, b = ids(11), ids(5)
     return build([a, a, a, b, b, ids(7)], [ids(4), ids(1), ids(9), ids(6), ids(2), ids(3)], [0, 0, 0, 1, 1, 2], [])
 
@@ -59,7 +69,13 @@ def test_equals_a_plain_forward(name, share, monkeypatch):
             model.zero_grad()
             logps, entropy = function()
             (logps * weights[0] + entropy * weights[1])[x.mask].sum().backward()
-            results.append((logps.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+            results.append(
+                (
+                    logps.detach(),
+                    entropy.detach(),
+                    torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+                )
+            )
         for got, want in zip(results[1], results[0], strict=True):
             assert (got - want).norm() / want.norm() < 2e-5
 

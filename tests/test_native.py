@@ -45,7 +45,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-GPT2_SIZES: dict[str, Any] = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "eos_token_id": None}
+GPT2: dict[str, Any] = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 96,
+    "eos_token_id": None,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -56,7 +63,7 @@ CONFIGS = {
     "qwen3 tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "mistral window": MistralConfig(**SIZES, sliding_window=6),
     "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-    "gpt2": GPT2Config(**GPT2_SIZES),
+    "gpt2": GPT2Config(**GPT2),
     "mamba": MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None),
 }
 CACHES = {"gemma2": native.Cache, "mamba": native.DynamicCache}  # the others share prompts
@@ -178,7 +185,13 @@ def test_samples_do_not_depend_on_the_batch(llama: Any, share: bool) -> None:
     assert tokens(run(PROMPTS[:1], [[2, 1]]))[0][1] == tokens(whole)[0][0]
 
 
-TRUNCATIONS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}]
+TRUNCATIONS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 7},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
@@ -389,6 +402,7 @@ def test_cache_is_written_in_place() -> None:
     torch.testing.assert_close(keys, torch.cat([x[[0, 4, 2]], x[[0, 4, 2], :, :1]], 2))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_model_is_as_it_was_and_trains_on() -> None:
     model = build(CONFIGS["llama"])
     model.train()
@@ -403,6 +417,8 @@ def test_model_is_as_it_was_and_trains_on() -> None:
         broken.generate(PROMPTS, SEEDS, Sampling(max_new_tokens=4, stop=["x"]))
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert (model.config._attn_implementation, set(vars(model))) == ("sdpa", names)
+    completion = sample(model, PROMPTS, SEEDS, max_new_tokens=4)[1][0]
+    assert completion.tokens.untyped_storage().nbytes() == 4 * 8  # it does not hold on to those of other rows
     loss = model(torch.tensor([PROMPTS[1]]), labels=torch.tensor([PROMPTS[1]])).loss
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
@@ -438,8 +454,8 @@ def test_errors() -> None:
         nn.init.constant_(model.lm_head.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
         sample(model, [[1, 2, 3]], [[1]], max_new_tokens=3)
-        with pytest.raises(ValueError, match="keeps no key-value cache"):
-        sample(build(OpenAIGPTConfig(**GPT2_SIZES)), [[1]], [[1]], max_new_tokens=3)
+    with pytest.raises(ValueError, match="keeps no key-value cache"):
+        sample(build(OpenAIGPTConfig(**GPT2)), [[1]], [[1]], max_new_tokens=3)
 
 
 def test_sharing_refuses_an_attention_that_changes_what_it_reads(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

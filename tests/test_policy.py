@@ -25,8 +25,16 @@ class Letters(TaskData):
 
 
 def trainer(**kwargs):
-    defaults = dict(max_steps=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                    enable_model_summary=False, limit_val_batches=0)  # fmt: skip
+    defaults = dict(
+        max_steps=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     return L.Trainer(**{**defaults, **kwargs})
 
 
@@ -75,7 +83,11 @@ def test_the_gradient_does_not_depend_on_the_split(name):
 
 def test_sft_gradient_is_the_mean_over_all_response_tokens():
     recorder = Gradients()
-    module = policy(SFT, group=None) if False else SFT("tiny", lr=1e-3, sampling=Sampling(max_new_tokens=6), microbatch_tokens=100)
+    module = (
+        policy(SFT, group=None)
+        if False
+        else SFT("tiny", lr=1e-3, sampling=Sampling(max_new_tokens=6), microbatch_tokens=100)
+    )
     reference = copy.deepcopy(module.model)
     trainer(max_steps=1, callbacks=[recorder]).fit(module, Letters(batch_size=3))
     losses, count = [], 0
@@ -94,7 +106,15 @@ def test_sft_gradient_is_the_mean_over_all_response_tokens():
 
 @pytest.mark.parametrize(
     "sampling",
-    [dict(), dict(temperature=0.6), dict(temperature=1.3), dict(top_p=0.8), dict(top_k=7), dict(min_p=0.01, temperature=0.6), dict(top_p=0.9, top_k=20)],
+    [
+        dict(),
+        dict(temperature=0.6),
+        dict(temperature=1.3),
+        dict(top_p=0.8),
+        dict(top_k=7),
+        dict(min_p=0.01, temperature=0.6),
+        dict(top_p=0.9, top_k=20),
+    ],
 )
 def test_on_policy_the_ratio_is_one(sampling):
     class Watch(RLCallback):
@@ -105,7 +125,9 @@ def test_on_policy_the_ratio_is_one(sampling):
             self.worst = max(self.worst, float(terms.log_ratio.abs().max()))
 
     watch = Watch()
-    trainer(callbacks=[watch], max_steps=1).fit(policy(old_logps="sampler", sampling=Sampling(max_new_tokens=12, **sampling)), Letters())
+    trainer(callbacks=[watch], max_steps=1).fit(
+        policy(old_logps="sampler", sampling=Sampling(max_new_tokens=12, **sampling)), Letters()
+    )
     assert 0 < watch.worst < 1e-5
 
 
@@ -161,7 +183,9 @@ def test_prompts_that_do_not_fit_are_counted():
             return tasks
 
     module = policy()
-    with pytest.warns(UserWarning, match="left out 1 of 4 prompts: the longest has 3001 tokens, and the model's context of 2048"):
+    with pytest.warns(
+        UserWarning, match="left out 1 of 4 prompts: the longest has 3001 tokens, and the model's context of 2048"
+    ):
         trainer(max_steps=1).fit(module, Long())
     assert module.counts["skipped/prompt_too_long"] == 1
 
@@ -191,8 +215,15 @@ def test_dynamic_sampling_asks_for_more():
 
 
 def test_dynamic_sampling_is_bounded():
-    with pytest.raises(RuntimeError, match=r"no group with different rewards in 12 prompts \(3 rounds of 4"):
-        trainer().fit(policy(DAPO, max_rounds=3), Letters(score=lambda text: 1.0))
+    with pytest.raises(RuntimeError, match=r"among 48 responses, 0 of them right \(3 rounds of 4 prompts\)"):
+        trainer().fit(policy(DAPO, max_rounds=3), Letters(score=lambda text: 0.0))
+
+
+def test_dynamic_sampling_stops_when_nothing_is_left_to_learn():
+    run = trainer(max_steps=50)
+    with pytest.warns(UserWarning, match="all of 160 responses were right"):
+        run.fit(policy(DAPO), Letters(score=lambda text: 1.0))
+    assert run.global_step == 1
 
 
 def test_reference_stays_and_the_divergence_starts_at_zero():
@@ -241,8 +272,9 @@ def test_bad_settings(settings, message):
 
 
 def test_options_stay_few():
-    from lit_rl.cli import METHODS as ALL
     from jsonargparse import ArgumentParser
+
+    from lit_rl.cli import METHODS as ALL
 
     for method in ALL.values():
         parser = ArgumentParser()

@@ -10,7 +10,9 @@ from lit_rl.commands import COMMANDS, recipe_paths
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = [line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SHELL = [
+    line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))

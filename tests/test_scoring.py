@@ -33,7 +33,15 @@ GOOD = [(lambda text: Verdict(text == "yes", float(text == "yes"), text), "yes")
 
 
 def test_bad_items_are_invalid_and_good_ones_are_not_lost():
-    items = [GOOD[0], (hang, "a"), (die, "b"), (fail, "c"), (lambda t: float("nan"), "d"), (lambda t: None, "e"), GOOD[1]]
+    items = [
+        GOOD[0],
+        (hang, "a"),
+        (die, "b"),
+        (fail, "c"),
+        (lambda t: float("nan"), "d"),
+        (lambda t: None, "e"),
+        GOOD[1],
+    ]
     verdicts = Scorer(timeout=0.5)(items)
     assert [v.valid for v in verdicts] == [True, False, False, False, False, False, True]
     assert verdicts[0] == Verdict(True, 1.0, "yes")

@@ -10,7 +10,14 @@ from lit_rl.task import Task, Verdict
 
 @pytest.mark.parametrize(
     ("value", "correct", "score"),
-    [(True, True, 1.0), (False, False, 0.0), (1, True, 1.0), (0.5, False, 0.5), (-2, False, -2.0), ({"a": 0.5, "b": 0.75}, True, 1.25)],
+    [
+        (True, True, 1.0),
+        (False, False, 0.0),
+        (1, True, 1.0),
+        (0.5, False, 0.5),
+        (-2, False, -2.0),
+        ({"a": 0.5, "b": 0.75}, True, 1.25),
+    ],
 )
 def test_numbers(value, correct, score):
     verdict = Verdict.of(value)

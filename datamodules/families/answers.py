@@ -107,8 +107,23 @@ class Integer(Type):
         return _int(text)
 
     def near_misses(self, value: int, rng: Random) -> Iterator[int]:
-        for other in (value + 1, value - 1, -value - 1, value + 2, value - 2, value * 10 + 1, value + 10, value - 10,
-                      2 * value + 3, value // 2 - 1, value + 9, value - 9, value + 100, -value + 5, 3 * value + 7):
+        for other in (
+            value + 1,
+            value - 1,
+            -value - 1,
+            value + 2,
+            value - 2,
+            value * 10 + 1,
+            value + 10,
+            value - 10,
+            2 * value + 3,
+            value // 2 - 1,
+            value + 9,
+            value - 9,
+            value + 100,
+            -value + 5,
+            3 * value + 7,
+        ):
             if other != value:
                 yield other
 
@@ -127,7 +142,12 @@ class Rational(Type):
         if not slash and (decimal := re.fullmatch(r"([+-]?\d*)\.(\d+)", text, re.ASCII)):
             if len(text) > MAX_DIGITS:
                 raise AnswerError(f"a number of {len(text)} digits: the limit is {MAX_DIGITS}")
-            return str(Fraction(int((decimal[1] if decimal[1] not in ("", "+", "-") else decimal[1] + "0") + decimal[2]), 10 ** len(decimal[2])))
+            return str(
+                Fraction(
+                    int((decimal[1] if decimal[1] not in ("", "+", "-") else decimal[1] + "0") + decimal[2]),
+                    10 ** len(decimal[2]),
+                )
+            )
         denominator = _int(bottom) if slash else 1
         if denominator == 0:
             raise AnswerError("a fraction with denominator 0")

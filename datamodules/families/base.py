@@ -63,11 +63,16 @@ class Family:
         if not hasattr(cls, "category"):
             cls.category = cls.__module__.rpartition(".")[2].replace("_", "-")
         if getattr(cls, "mode", None) not in get_args(Mode):
-            raise TypeError(f"family {cls.name}: mode is {getattr(cls, 'mode', None)!r}, not one of {', '.join(get_args(Mode))}")
+            raise TypeError(
+                f"family {cls.name}: mode is {getattr(cls, 'mode', None)!r}, not one of {', '.join(get_args(Mode))}"
+            )
         if not isinstance(getattr(cls, "answer", None), Type):
             raise TypeError(f"family {cls.name}: `answer` must be an answer type, such as answers.Integer()")
         other = REGISTRY.get(cls.name)
-        if other is not None and (type(other).__module__, type(other).__qualname__) != (cls.__module__, cls.__qualname__):
+        if other is not None and (type(other).__module__, type(other).__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
             raise ValueError(f"two families are called {cls.name}: {type(other).__module__} and {cls.__module__}")
         REGISTRY[cls.name] = cls()
 
@@ -205,4 +210,6 @@ def draw(family_: Family | str, split: Split, level: int, index: int) -> Questio
         x = chosen.generate(rng, level)
         if fingerprint(chosen, x) % 10 in _BUCKETS[split]:
             return Question(chosen, x, split, level, index)
-    raise ValueError(f"family {chosen.name} has no {split} question at level {level}: it holds too few instances, raise the level")
+    raise ValueError(
+        f"family {chosen.name} has no {split} question at level {level}: it holds too few instances, raise the level"
+    )

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -28,7 +29,18 @@ CONSTANTS = [
     "0", "1", "2", "-1", "3", "4", "5", "10", "12", "100", "1/2", "yes", "no", "YES", "NO", "true", "false",
     "none", "impossible", "A", "B", "a", "0 0", "1 2 3", "[]",
 ]  # fmt: skip
-FORBIDDEN = {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "pickle", "marshal", "yaml", "literal_eval"}
+FORBIDDEN = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "parse_expr",
+    "sympify",
+    "pickle",
+    "marshal",
+    "yaml",
+    "literal_eval",
+}
 DRAWS = 1_000
 GENERATION_MS, VERIFICATION_MS = 100.0, 50.0
 
@@ -73,7 +85,11 @@ def check(family: Family, instances: int = 200) -> list[Gate]:
 def _right(questions: list[Question]) -> str | None:
     for q in questions:
         trip = Question(q.family, json.loads(json.dumps(q.instance)), q.split, q.level, q.index)
-        for what, text in (("answer", wrap(q.right)), ("worked solution", q.solution), ("dressed answer", f"So: {wrap(f' **{q.right}**. ')}")):
+        for what, text in (
+            ("answer", wrap(q.right)),
+            ("worked solution", q.solution),
+            ("dressed answer", f"So: {wrap(f' **{q.right}**. ')}"),
+        ):
             for question, how in ((q, ""), (trip, " after a JSON round trip")):
                 if (verdict := question(text)).score != 1.0:
                     return f"{q.id}: the right {what} {text[-80:]!r} scores {verdict.score}{how} ({verdict.reason})"
@@ -106,7 +122,9 @@ def _near_misses(questions: list[Question]) -> str | None:
             if q(wrap(text)).score < 1.0:
                 failed += 1
             elif q.family.unique:
-                return f"{q.id}: the near miss {text[:80]!r} of {q.right[:80]!r} is accepted, and the family says unique"
+                return (
+                    f"{q.id}: the near miss {text[:80]!r} of {q.right[:80]!r} is accepted, and the family says unique"
+                )
     if failed < 12 * len(questions) * 0.4:
         return f"only {failed} of {tried} near misses of {len(questions)} answers fail"
     return None
@@ -130,36 +148,68 @@ def _others(questions: list[Question]) -> str | None:
     order = list(range(len(questions)))
     Random(0).shuffle(order)
     pairs = [(questions[i], questions[j]) for i, j in zip(order, order[1:] + order[:1], strict=True)]
-    pairs += [(a, b) for a, b in zip(questions, questions[1:], strict=False) if a.level == b.level]
+    pairs += [(a, b) for a, b in pairwise(questions) if a.level == b.level]
     share = mean(q(wrap(other.right)).score >= 1.0 for q, other in pairs)
     limit = _limit(questions[0].family, 0.05)
-    return None if share <= limit else f"another question's answer is right in {share:.0%} of the cases (limit {limit:.0%})"
+    return (
+        None
+        if share <= limit
+        else f"another question's answer is right in {share:.0%} of the cases (limit {limit:.0%})"
+    )
 
 
 def _no_code(family: Family, questions: list[Question]) -> str | None:
     for node in ast.walk(ast.parse(Path(inspect.getfile(type(family))).read_text())):
         name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         owner = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
-        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         if (name in FORBIDDEN and owner != "re") or FORBIDDEN & set(modules):
             return f"{Path(inspect.getfile(type(family))).name} uses {name or modules}"
     with tempfile.TemporaryDirectory() as folder:
         witness = Path(folder) / "ran"
         for q in questions[:: max(1, len(questions) // 20)]:
-            for code in (f"__import__('pathlib').Path({str(witness)!r}).touch()", f"open({str(witness)!r}, 'w')", "len('x' * 24)", "(lambda: 1)()"):
+            for code in (
+                f"__import__('pathlib').Path({str(witness)!r}).touch()",
+                f"open({str(witness)!r}, 'w')",
+                "len('x' * 24)",
+                "(lambda: 1)()",
+            ):
                 if q(wrap(code)).score >= 1.0:
                     return f"{q.id}: {code!r} is accepted"
         return "a verifier ran the response's code" if witness.exists() else None
 
 
 def _any_text(questions: list[Question]) -> str | None:
-    strange = ["", " ", "<answer>", "</answer><answer>", "[" * 5_000, "9" * 100_000, "1 " * 9_000, "-", "NaN", "inf", "1e999999",
-               "\x00", "٣", "²", "½", "🙂", "1/0", "{}", "a" * 19_000, "1" * 5_000 + "/" + "2" * 5_000, "((((" * 900, "/", ";;;", "x=1", "-0"]  # fmt: skip
+    long = ["[" * 5_000, "9" * 100_000, "1 " * 9_000, "a" * 19_000, "1" * 5_000 + "/" + "2" * 5_000, "((((" * 900]
+    odd = [
+        "",
+        " ",
+        "<answer>",
+        "</answer><answer>",
+        "-",
+        "NaN",
+        "inf",
+        "1e999999",
+        "\x00",
+        "٣",
+        "²",
+        "½",
+        "🙂",
+        "1/0",
+        "{}",
+        "/",
+    ]
     for q in questions[:: max(1, len(questions) // 10)]:
-        for text in strange:
+        for text in [*long, *odd, ";;;", "x=1"]:
             start = time.process_time()
             verdict = q(wrap(text))
-            if verdict.correct and text not in ("-0",):
+            if verdict.correct:
                 return f"{q.id}: {text[:40]!r} is accepted"
             if not math.isfinite(verdict.score) or not 0 <= verdict.score <= 1:
                 return f"{q.id}: {text[:40]!r} scores {verdict.score}"
@@ -181,11 +231,14 @@ def digest(family: Family) -> str:
 
 def _same(family: Family) -> str | None:
     path = f"{type(family).__module__}.{type(family).__qualname__}"
-    code = f"from lit_rl.datamodules.families import *; from lit_rl.datamodules.families.gates import digest; families(); print(digest(family({path!r})))"
+    code = (
+        "from lit_rl.datamodules.families import families, family; from lit_rl.datamodules.families.gates import digest;"
+        f"families(); print(digest(family({path!r})))"
+    )
     here = digest(family)
     for seed in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(filter(None, sys.path))},
-                             capture_output=True, text=True, timeout=120)  # fmt: skip
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(filter(None, sys.path))}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
         if run.stdout.strip() != here:
             return f"another process draws other questions: {run.stdout.strip() or run.stderr.strip()[-200:]} against {here}"
     return None
@@ -229,12 +282,22 @@ def _fast(family: Family) -> str | None:
 def _prompts(questions: list[Question]) -> str | None:
     longest = max(questions, key=lambda q: len(q.prompt))
     limit = longest.family.max_prompt
-    return None if len(longest.prompt) <= limit else f"{longest.id}: the prompt has {len(longest.prompt)} characters (limit {limit})"
+    return (
+        None
+        if len(longest.prompt) <= limit
+        else f"{longest.id}: the prompt has {len(longest.prompt)} characters (limit {limit})"
+    )
 
 
 def _grow(questions: list[Question]) -> str | None:
     family = questions[0].family
-    sizes = [mean(family.size(q.instance) for q in questions if q.level == level) for level in range(family.max_level + 1)]
+    sizes = [
+        mean(family.size(q.instance) for q in questions if q.level == level) for level in range(family.max_level + 1)
+    ]
     third = max(1, len(sizes) // 3)
     low, high = mean(sizes[:third]), mean(sizes[-third:])
-    return None if high > low else f"the mean size does not grow with the level: {low:.1f} at the low third, {high:.1f} at the high third"
+    return (
+        None
+        if high > low
+        else f"the mean size does not grow with the level: {low:.1f} at the low third, {high:.1f} at the high third"
+    )

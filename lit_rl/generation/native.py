@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -179,10 +179,11 @@ class Rows:
         self.model, self.mask = model, None
         growing = _growing(model)
         outs = [self._prefill(batch, pad, growing) for batch in _similar([prompt for prompt, _ in prompts])]
-        self.past = next((n for n in ("past_key_values", "cache_params") if getattr(outs[0], n, None) is not None), "")
-        if not self.past:
+        names = ("past_key_values", "cache_params")
+        self.cache_name = next((name for name in names if getattr(outs[0], name, None) is not None), "")
+        if not self.cache_name:
             raise ValueError(f"{type(model).__name__} keeps no key-value cache: the native generator needs one")
-        caches: list[Any] = [getattr(out, self.past) for out in outs]
+        caches: list[Any] = [getattr(out, self.cache_name) for out in outs]
         logits = torch.cat([out.logits[:, -1] for out in outs])  # (P, V)
 
         lengths, samples = torch.tensor([(len(prompt), count) for prompt, count in prompts]).T.to(logits.device)
@@ -207,7 +208,7 @@ class Rows:
         """Append a token (R,) to each row."""
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
-        out = self._forward(tokens[:, None], self.position, self.mask, {self.past: self.cache})
+        out = self._forward(tokens[:, None], self.position, self.mask, {self.cache_name: self.cache})
         self.logits, self.position = out.logits[:, -1], self.position + 1
 
     def keep(self, slots: Tensor) -> None:
@@ -219,7 +220,7 @@ class Rows:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """The attention that `step` needs."""
+        """The attention that `step` needs. It is a setting of the model, so no other thread may run the model meanwhile."""
         if not isinstance(self.cache, SharedCache):
             yield
             return
@@ -238,9 +239,7 @@ class Rows:
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch], device=device)
         position = torch.tensor([range(len(prompt) - width, len(prompt)) for prompt in batch], device=device)
         mask = None if len(batch[0]) == width else position >= 0
-        past = (
-            {"past_key_values": DynamicCache()} if growing else {}
-        )  # left to itself, a model makes the cache it needs
+        past = {"past_key_values": DynamicCache()} if growing else {}  # left to itself, a model makes what it needs
         return self._forward(ids, position.clamp(min=0), mask, past)
 
     def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, past: dict[str, Any]) -> Any:
@@ -274,7 +273,7 @@ class GrowingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row beam_idx[i]. Only rows that move are copied; afterwards there may be fewer, not more."""
         moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(1)
         for buffer in self.buffers:
@@ -304,8 +303,9 @@ class SharedCache(Cache):
         super().__init__(layers=list(self.shared))
         self._arrange(owner)
 
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for layer in self.shared:
+            layer.reorder_cache(beam_idx)
         self._arrange(self.owner[beam_idx])
 
     def _arrange(self, owner: Tensor) -> None:

@@ -44,8 +44,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     # A CPU sums in double and rounds, so that the CDF ascends; the partial sums of a parallel scan in float32 may not.
     cdf = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else None)
     mass = cdf[:, -1:]
-    # The product is above 0 and at most the mass, so a slot's CDF reaches it, and the first one that does adds to the CDF:
-    # its probability is not 0, however sums are rounded. Only NaN passes the end.
+    # The product is above 0 and at most the mass, so some slot's CDF reaches it, and the first one adds to the CDF: its
+    # probability is not 0, however sums are rounded. Only NaN passes the end.
     slot = torch.searchsorted(cdf, uniform[:, None] * mass).clamp_(max=cdf.shape[-1] - 1)
     token = slot if index is None else index.gather(-1, slot)
     cut = index is not None or sampling.min_p > 0

@@ -27,5 +27,10 @@ class DAPO(Rollout):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            model, aggregate=aggregate, clip_high=clip_high, overlong_buffer=overlong_buffer, dynamic_sampling=dynamic_sampling, **kwargs
+            model,
+            aggregate=aggregate,
+            clip_high=clip_high,
+            overlong_buffer=overlong_buffer,
+            dynamic_sampling=dynamic_sampling,
+            **kwargs,
         )

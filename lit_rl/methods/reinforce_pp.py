@@ -55,4 +55,6 @@ class ReinforcePPBaseline(Rollout):
         kl_estimator: Literal["k2"] = "k2",
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, advantage=advantage, aggregate=aggregate, kl_coef=kl_coef, kl_estimator=kl_estimator, **kwargs)
+        super().__init__(
+            model, advantage=advantage, aggregate=aggregate, kl_coef=kl_coef, kl_estimator=kl_estimator, **kwargs
+        )

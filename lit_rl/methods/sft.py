@@ -20,7 +20,9 @@ class SFT(Policy):
         aggregate: Whether all response tokens count alike ("token") or all responses ("sequence").
     """
 
-    def __init__(self, model: str | nn.Module = "tiny", *, aggregate: Aggregate = "token", lr: float = 1e-5, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str | nn.Module = "tiny", *, aggregate: Aggregate = "token", lr: float = 1e-5, **kwargs: Any
+    ) -> None:
         super().__init__(model, lr=lr, **kwargs)
         self.aggregate = aggregate
 
