@@ -108,7 +108,7 @@ class Completions(RLCallback):
         import wandb
 
         if self._table is None:
-            self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
+            self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
         for record in records:
             self._table.add_data(*record.values())
         logger.log_metrics({"completions": self._table}, step=step)

@@ -26,7 +26,7 @@ class ResumableLoader(DataLoader[Task]):
         self._done = 0
         self._skip = 0
 
-    def __iter__(self) -> Iterator[list[Task]]:
+    def __iter__(self) -> Iterator[list[Task]]:  # type: ignore[override]
         skip, self._skip = self._skip, 0
         self._done = skip
         for i, indices in enumerate(self.batch_sampler):  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ _PUBLIC = {
     "Task": "task",
     "Verdict": "task",
     "Experience": "experience",
+    "Actor": "actor",
     "Policy": "policy",
     "Rollout": "rollout",
     "RLCallback": "hooks",

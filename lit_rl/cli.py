@@ -81,7 +81,7 @@ class SaveConfig(SaveConfigCallback):
         folder = run.folder(trainer)
         if stage == "fit" and isinstance(trainer.logger, RunLogger) and self.config.get("ckpt_path") is None:
             run.refuse_other_run(folder / "config.yaml")
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)

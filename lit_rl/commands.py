@@ -75,7 +75,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
-    from lit_rl.policy import export_checkpoint
+    from lit_rl.actor import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.folder, overwrite=args.overwrite)
     print(f"{args.folder} loads with transformers and vLLM")

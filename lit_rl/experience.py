@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Experience:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
@@ -73,7 +74,9 @@ class Experience:
         longest = int(self.lengths[index].max()) if len(index) else 0
         cut = {k: v[index] if v.dim() == 1 else v[index, :longest] for k, v in self.tensors().items()}
         extra = {k: v[index] if v.dim() == 1 else v[index, :longest] for k, v in self.extra.items()}
-        lists = {k: [getattr(self, k)[i] for i in index.tolist()] for k in ("texts", "verdicts") if getattr(self, k)}
+        lists: dict[str, Any] = {
+            k: [getattr(self, k)[i] for i in index.tolist()] for k in ("texts", "verdicts") if getattr(self, k)
+        }
         return dataclasses.replace(self, **cut, extra=extra, **lists)
 
     def groups(self, index: Sequence[int]) -> Experience:

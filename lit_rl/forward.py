@@ -7,7 +7,7 @@ prompt is computed once for all of them. Both compare with the model's own logit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Forward:
     """Token log-probabilities and entropies of a Hugging Face causal language model, without its logits in memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
         self.notes: list[str] = []
         """What had to be done the slower way, and why; filled at first use."""
         self._fused: bool | None = None

@@ -138,7 +138,7 @@ class Rollout(Policy):
             x.logps = self.logps_of(self.token_terms, x)  # else the loss takes its own, detached: the same numbers
         if self.reference is not None:
             x.ref_logps = self.logps_of(self.reference_terms, x)
-            if self.kl_in_reward:
+            if self.kl_in_reward and x.logps is not None:
                 x.rewards -= self.kl_coef * objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
         hooks.call(self.trainer, "on_advantage", x)
@@ -214,7 +214,7 @@ class Rollout(Policy):
     def more_tasks(self, n: int, round_: int) -> list[Task]:
         """n further training tasks, a function of (seed, step, round, rank): nothing to remember for a resume."""
         loader: Any = self.trainer.train_dataloader
-        data = getattr(loader, "dataset", None)
+        data: Any = getattr(loader, "dataset", None)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise TypeError(
                 "dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and"

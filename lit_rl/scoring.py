@@ -85,7 +85,8 @@ class _Child:
     """A forked process that scores the items of `todo` in order and writes a JSON line for each."""
 
     def __init__(self, items: Sequence[Item], todo: list[int], memory_mb: int, timeout: float) -> None:
-        self.todo, self.timeout, self.rest, self.exit = todo, timeout, b"", None
+        self.todo, self.timeout, self.rest = todo, timeout, b""
+        self.exit: int | None = None
         self.pipe, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child runs Python only

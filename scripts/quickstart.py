@@ -22,7 +22,7 @@ from lit_rl.datamodules import Bootcamp
 from lit_rl.report import write_report
 from lit_rl.run import RunLogger
 
-FAMILIES = ["spell-backwards", "sort-numbers", "add-columns", "run-length-encode", "stack-ops"]
+FAMILIES = ["spell-backwards", "sort-numbers", "add-columns", "linear-equation", "subset-sum"]
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="made anew")
     parser.add_argument("--warm-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=350)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
@@ -54,24 +54,27 @@ def main() -> None:
 
     print(f"1. warm start: {args.warm_steps} steps of SFT on worked solutions of {', '.join(FAMILIES)}")
     start = time.perf_counter()
-    data = dict(families=FAMILIES, level=0, test_size=500, seed=args.seed)
-    sampling = Sampling(max_new_tokens=48)
-    warm = SFT("tiny", lr=2e-3, schedule="cosine", sampling=sampling)
-    trainer(args.warm_steps, args.run / "warm", []).fit(warm, Bootcamp(**data, batch_size=64))
+    data = {"families": FAMILIES, "level": 0, "test_size": 500, "seed": args.seed, "hint": False}
+    sampling = Sampling(max_new_tokens=40)
+    warm = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=10, sampling=sampling, microbatch_tokens=2048)
+    trainer(args.warm_steps, args.run / "warm", []).fit(warm, Bootcamp(**data, batch_size=32))
     warm.export(args.run / "warm" / "model")
     print(f"   {time.perf_counter() - start:.0f} s")
 
     policy = GRPO(
         str(args.run / "warm" / "model"),
-        lr=1e-3,
-        group=16,
-        sampling=sampling,
+        advantage="dr_grpo",
+        aggregate="token",
         kl_coef=0.0,
+        lr=3e-4,
         schedule="linear",
-        eval_samples=2,
+        warmup_steps=10,
+        sampling=sampling,
+        microbatch_tokens=4096,
+        eval_samples=4,
     )
     rl = trainer(args.steps, args.run, [EntropyMonitor(), RolloutStats(), Completions()])
-    bootcamp = Bootcamp(**data, batch_size=16, eval_batch_size=250)
+    bootcamp = Bootcamp(**data, batch_size=32, eval_batch_size=250)
     print("2. held-out tasks before reinforcement learning")
     rl.test(policy, bootcamp, verbose=False)
     before = policy.table

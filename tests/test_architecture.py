@@ -24,6 +24,7 @@ LAYERS = [
     "hooks",
     "generation",
     "forward",
+    "actor",
     "policy",
     "rollout",
     "methods",

@@ -37,6 +37,8 @@ class NativeGenerator:
     share: let the rows of a prompt share its keys and values where the model allows, see `Rows`.
     """
 
+    exact = True
+
     def __init__(
         self,
         eos: Sequence[int],
@@ -220,7 +222,7 @@ class Rows:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """The attention that `step` needs. It is a setting of the model, so no other thread may run the model meanwhile."""
+        """The attention that `step` needs: a setting of the model, so no other thread may run the model meanwhile."""
         if not isinstance(self.cache, SharedCache):
             yield
             return

@@ -1,0 +1,237 @@
+"""Actor: a LightningModule that holds a language model, answers tasks with it, and is evaluated by its answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, is_dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lit_rl import models, run
+from lit_rl.generation.base import Completion, Generator, Sampling
+from lit_rl.metrics import Evaluation, Table
+from lit_rl.scoring import Scorer
+from lit_rl.task import Task, Verdict
+
+
+class Actor(L.LightningModule):
+    """A causal language model with its tokenizer, the engine that samples from it, and the scorer of what it says.
+
+    It validates, tests and predicts in a Trainer as it is; a `Policy` is an actor that learns.
+
+    Args:
+        model: "tiny" (about a million parameters, offline), "smollm2-135m", a hub id, a folder, a GGUF file, or a module.
+        tokenizer: A hub id or folder, when it is not the model's own; or a tokenizer, when `model` is a module.
+        dtype: Of the weights; "auto" is as stored. On a GPU, keep float32 here and set the Trainer's precision.
+        attn_implementation: As in transformers; None is its own choice.
+        chat: Whether prompts go through the tokenizer's chat template; "auto": when it has one.
+        sampling: How responses are drawn, in training and (but for `eval_temperature`) in evaluation.
+        generator: The engine that samples; None is the native one.
+        scoring: Where and within what limits responses are scored.
+        eval_samples: Responses a task in validate and test; pass@k and maj@k want several.
+        eval_temperature: Sampling temperature in evaluation; None is that of training.
+        seed: Of all sampling; None is the one of `seed_everything`, or 0.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "tiny",
+        *,
+        tokenizer: str | Any | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        attn_implementation: str | None = None,
+        chat: Literal["auto", "always", "never"] = "auto",
+        sampling: Sampling = Sampling(),  # noqa: B008  (a default the command line can show; never changed in place)
+        generator: Generator | None = None,
+        scoring: Scorer = Scorer(),  # noqa: B008
+        eval_samples: int = 1,
+        eval_temperature: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if eval_samples < 1:
+            raise ValueError(f"eval_samples is {eval_samples}: it must be at least 1")
+        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model", "tokenizer"])
+        self.hparams.update(
+            {k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)}
+        )
+        self.sampling = sampling if isinstance(sampling, Sampling) else Sampling(**sampling)
+        self.scorer = scoring if isinstance(scoring, Scorer) else Scorer(**scoring)
+        self.eval_samples, self.eval_temperature, self.chat, self.seed = eval_samples, eval_temperature, chat, seed
+        loaded = (
+            models.load(model, tokenizer, dtype, attn_implementation) if isinstance(model, str) else (model, tokenizer)
+        )
+        self.model: Any = loaded[0].train()
+        self.tokenizer: Any = loaded[1]
+        models.disable_dropout(self.model)  # on-policy, the ratio must be one
+        self.eos = models.prepare_tokenizer(
+            self.tokenizer, getattr(self.model, "generation_config", None) or self.model.config
+        )
+        if generator is None:
+            from lit_rl.generation.native import NativeGenerator
+
+            generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode)
+        self.generator: Any = generator
+        self.evaluation = Evaluation()
+        self.table = Table([])
+        """Of the latest evaluation."""
+        self.counts: dict[str, float] = {}
+        """Events of one training step, such as prompts that are too long."""
+        self.seconds: dict[str, float] = {}
+        """Spent in this training step, by activity."""
+        self.sampled_tokens = 0
+        """In this training step."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def encode(self, tasks: list[Task], room: int) -> tuple[list[Task], list[list[int]]]:
+        """The tasks whose prompts leave `room` tokens of the model's context, and those prompts. The rest is counted."""
+        limit = models.context_length(self.model) - room
+        prompts = [models.encode_prompt(self.tokenizer, task.prompt, self.chat) for task in tasks]
+        fit = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= limit]
+        if len(fit) < len(tasks):
+            self.count("skipped/prompt_too_long", len(tasks) - len(fit))
+            longest = max(map(len, prompts))
+            rank_zero_warn(
+                f"left out {len(tasks) - len(fit)} of {len(tasks)} prompts: the longest has {longest} tokens, and the model's"
+                f" context of {limit + room} leaves {limit} beside {room} for the response. Lower the tasks' level or"
+                " sampling.max_new_tokens. Counted as skipped/prompt_too_long; this message comes once."
+            )
+        return [tasks[i] for i in fit], [prompts[i] for i in fit]
+
+    @property
+    def seed_value(self) -> int:
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def seeds(self, tasks: list[Task], samples: int, purpose: str) -> list[list[int]]:
+        """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a batch are told apart by order."""
+        step = self.trainer.global_step if purpose == "train" and self._trainer is not None else 0
+        seen: dict[str, int] = {}
+        result = []
+        for task in tasks:
+            copy = seen[task.key()] = seen.get(task.key(), -1) + 1
+            keys = (f"{self.seed_value}\0{purpose}\0{step}\0{task.key()}\0{copy}\0{i}" for i in range(samples))
+            result.append([int.from_bytes(blake2b(k.encode(), digest_size=8).digest(), "big") >> 1 for k in keys])
+        return result
+
+    def respond(
+        self, tasks: list[Task], samples: int, purpose: str = "predict", sampling: Sampling | None = None
+    ) -> tuple[list[Task], list[list[int]], list[list[Completion]]]:
+        """Samples responses. Returns the tasks whose prompts fit, their prompts' tokens and `samples` completions each."""
+        sampling = sampling or self.sampling
+        tasks, prompts = self.encode(tasks, sampling.max_new_tokens)
+        with self.clock("generate"), self.precision():
+            self.generator.sync(self.model)
+            completions = self.generator.generate(prompts, self.seeds(tasks, samples, purpose), sampling)
+        self.sampled_tokens += sum(len(c.tokens) for group in completions for c in group)
+        return tasks, prompts, completions
+
+    def score(self, tasks: list[Task], completions: list[list[Completion]]) -> list[list[Verdict]]:
+        """A verdict a completion; a task without a scorer is an error."""
+        for task in tasks:
+            if task.score is None:
+                raise ValueError(f"the task {task.key()[:80]!r} has no `score`: only SFT can use it")
+        items = [
+            (task.score, c.text) for task, group in zip(tasks, completions, strict=True) for c in group if task.score
+        ]
+        with self.clock("score"):
+            flat = iter(self.scorer(items))
+        verdicts = [[next(flat) for _ in group] for group in completions]
+        if failed := [v for group in verdicts for v in group if not v.valid]:
+            self.count("skipped/verifier_failed", len(failed))
+            rank_zero_warn(
+                f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}"
+            )
+        return verdicts
+
+    def count(self, name: str, value: float = 1.0) -> None:
+        self.counts[name] = self.counts.get(name, 0.0) + value
+
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The Trainer's forward context (autocast), for passes outside training_step."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # tasks are text
+
+    def evaluate(self, tasks: list[Task]) -> None:
+        temperature = self.sampling.temperature if self.eval_temperature is None else self.eval_temperature
+        kept, _, completions = self.respond(
+            tasks, self.eval_samples, "eval", replace(self.sampling, temperature=temperature)
+        )
+        verdicts = self.score(kept, completions)
+        for task, group, judged in zip(kept, completions, verdicts, strict=True):
+            self.evaluation.update(task.family or "all", judged, [len(c.tokens) for c in group])
+
+    def validation_step(self, batch: list[Task], batch_idx: int) -> None:
+        self.evaluate(batch)
+
+    def test_step(self, batch: list[Task], batch_idx: int) -> None:
+        self.evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        self.table = self.evaluation.compute()
+        self.evaluation.reset()
+        run.save_evaluation(self.trainer, stage, self.table)
+        for name, value in self.table.scalars().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "pass@1", sync_dist=False)
+
+    def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
+        """One record a response: task, prompt, response and verdict."""
+        kept, _, completions = self.respond(batch, self.eval_samples, "eval")
+        judged = self.score(kept, completions) if all(t.score for t in kept) else [[None] * len(g) for g in completions]
+        return [
+            {"task": t.id, "family": t.family, "prompt": t.text(), "response": c.text, "verdict": v and vars(v)}
+            for t, group, vs in zip(kept, completions, judged, strict=True)
+            for c, v in zip(group, vs, strict=True)
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lit_rl"] = {
+            "model": models.checkpoint_state(self.model, self.tokenizer),
+            "generator": self.generator.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.generator.load_state_dict(checkpoint.get("lit_rl", {}).get("generator", {}))
+
+    def export(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Writes a Hugging Face folder that transformers and vLLM load."""
+        models.export(self.model, self.tokenizer, folder, overwrite=overwrite)
+
+
+def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: bool = False) -> None:
+    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if "lit_rl" not in content:
+        raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
+    model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    )
+    models.export(model, tokenizer, folder, overwrite=overwrite)
