@@ -46,8 +46,7 @@ class Completions(RLCallback):
         self._table: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        name = run.COMPLETIONS if trainer.global_rank == 0 else f"completions.rank{trainer.global_rank}.jsonl"
-        self._path = run.folder(trainer) / name
+        self._path = run.folder(trainer) / run.by_rank(run.COMPLETIONS, trainer.global_rank)
         if trainer.global_step:
             jsonl.rewind(self._path, trainer.global_step)
         else:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import models, run
+from lit_rl import jsonl, models, run
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
 from lit_rl.scoring import Scorer
@@ -67,15 +67,14 @@ class Actor(L.LightningModule):
         self.sampling = sampling if isinstance(sampling, Sampling) else Sampling(**sampling)
         self.scorer = scoring if isinstance(scoring, Scorer) else Scorer(**scoring)
         self.eval_samples, self.eval_temperature, self.chat, self.seed = eval_samples, eval_temperature, chat, seed
-        loaded = (
-            models.load(model, tokenizer, dtype, attn_implementation) if isinstance(model, str) else (model, tokenizer)
-        )
-        self.model: Any = loaded[0].train()
-        self.tokenizer: Any = loaded[1]
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        if isinstance(model, str):
+            self.model, self.tokenizer = models.load(model, tokenizer, dtype, attn_implementation)
+        self.model.train()
         models.disable_dropout(self.model)  # on-policy, the ratio must be one
-        self.eos = models.prepare_tokenizer(
-            self.tokenizer, getattr(self.model, "generation_config", None) or self.model.config
-        )
+        endings = getattr(self.model, "generation_config", None) or self.model.config
+        self.eos = models.prepare_tokenizer(self.tokenizer, endings)
         if generator is None:
             from lit_rl.generation.native import NativeGenerator
 
@@ -201,12 +200,18 @@ class Actor(L.LightningModule):
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""
         kept, _, completions = self.respond(batch, self.eval_samples, "eval")
-        judged = self.score(kept, completions) if all(t.score for t in kept) else [[None] * len(g) for g in completions]
+        judged = self.score(kept, completions) if all(task.score for task in kept) else None
         return [
-            {"task": t.id, "family": t.family, "prompt": t.text(), "response": c.text, "verdict": v and vars(v)}
-            for t, group, vs in zip(kept, completions, judged, strict=True)
-            for c, v in zip(group, vs, strict=True)
+            {"task": task.id, "family": task.family, "prompt": task.text(), "response": completion.text}
+            | ({"verdict": vars(judged[g][i])} if judged else {})
+            for g, (task, group) in enumerate(zip(kept, completions, strict=True))
+            for i, completion in enumerate(group)
         ]
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        folder = run.folder(self.trainer)
+        if self.trainer.loggers:
+            jsonl.append(folder / run.by_rank(run.PREDICTIONS, self.global_rank), outputs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {

@@ -178,19 +178,14 @@ class Policy(Actor):
         self._loss += float(loss.detach())
         return loss
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One Trainer step is one experience, however many optimizer steps it affords."""
         minibatches = [m for _ in range(self.epochs) for m in self._plan if m]
         self.count("skipped/no_signal", float(not minibatches))
         for slices in minibatches:
-            super().optimizer_step(
-                epoch, batch_idx, optimizer, partial(self._accumulate, slices, optimizer, optimizer_closure)
-            )
-        if (
-            not minibatches and optimizer_closure is not None
-        ):  # Lightning wants its closure run; the weights stay as they are
+            step = partial(self._accumulate, slices, optimizer, optimizer_closure)
+            super().optimizer_step(epoch, batch_idx, optimizer, step)
+        if not minibatches:  # Lightning wants its closure run; the weights stay as they are
             self._slice = None
             with self._no_sync():
                 optimizer_closure()

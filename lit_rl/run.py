@@ -2,7 +2,8 @@
 
 metrics.jsonl      one line a logged step (RunLogger)
 evaluations.jsonl  one line an evaluation
-completions.jsonl  one line a response (the Completions callback)
+completions.jsonl  one line a response in training (the Completions callback)
+predictions.jsonl  one line a response of `predict`
 config.yaml        what was run (the command line)
 checkpoints/
 """
@@ -20,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_rl import jsonl
 from lit_rl.metrics import Table
 
-METRICS, EVALUATIONS, COMPLETIONS = "metrics.jsonl", "evaluations.jsonl", "completions.jsonl"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+COMPLETIONS, PREDICTIONS = "completions.jsonl", "predictions.jsonl"
 
 
 class RunLogger(Logger):
@@ -53,6 +55,11 @@ class RunLogger(Logger):
 def folder(trainer: L.Trainer) -> Path:
     """Where this run writes; to be called on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def by_rank(name: str, rank: int) -> str:
+    """The file's name for this rank: ranks beyond the first write files of their own."""
+    return name if rank == 0 else name.replace(".", f".rank{rank}.", 1)
 
 
 def refuse_other_run(file: Path) -> None:

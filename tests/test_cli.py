@@ -67,7 +67,7 @@ def test_resume_validate_export_and_report(capsys):
         "straight",
     )
     assert code == 0, text
-    assert "add-columns" in text
+    assert "vowels" in text
     assert "pass@1" in text
     assert jsonl.read(Path("straight/evaluations.jsonl"))[-1]["stage"] == "val"
 
@@ -117,10 +117,10 @@ def test_runs_without_a_name_get_their_own_folders(capsys):
         (["fit", "--config", "cispo", "--config", "tiny", "--model.cap", "0.2"], "cap is 0.2: it must be at least 1"),
         (["fit", "--config", "grpo", "--config", "tiny", "--model.model", "tinny"], "did you mean 'tiny'"),
         (
-            ["fit", "--config", "grpo", "--config", "tiny", "--data.families", "[add-colums]"],
+            ["fit", "--config", "grpo", "--config", "tiny", "--data", "Bootcamp", "--data.families", "[add-colums]"],
             "did you mean add-columns",
         ),
-        (["fit", "--config", "grpo", "--config", "tiny", "--data.level", "12"], "levels 0 to 9"),
+        (["fit", "--config", "grpo", "--config", "tiny", "--data", "Bootcamp", "--data.level", "12"], "levels 0 to 9"),
         (["fit", "--config", "grpo", "--config", "tiny", "--model.sampling.top_p", "1.5"], "top_p is 1.5"),
         (["bootcamp", "show", "add-colums"], "did you mean add-columns"),
         (["bootcamp", "show", "add-columns", "--level", "77"], "has levels 0 to 9, not 77"),
@@ -178,7 +178,15 @@ def test_help_shows_a_method(capsys):
     assert "Longest completion, in tokens" in text, "attribute docstrings are help"
 
 
-def test_test_prints_a_table_and_predict_writes_records(capsys):
+def test_predict_writes_a_record_a_response(capsys):
+    code, text = run(capsys, "predict", "--config", "grpo", "--config", "tiny", "--model.eval_samples", 2, "--run", "r")
+    assert code == 0, text
+    records = jsonl.read(Path("r/predictions.jsonl"))
+    assert len(records) == 2 * 16
+    assert {"task", "family", "prompt", "response", "verdict"} == records[0].keys()
+
+
+def test_test_prints_a_table(capsys):
     code, text = run(
         capsys,
         "test",
@@ -194,7 +202,7 @@ def test_test_prints_a_table_and_predict_writes_records(capsys):
         "r",
     )
     assert code == 0, text
-    for word in ("pass@1", "±95%", "pass@4", "maj@4", "length", "sort-numbers", "mean"):
+    for word in ("pass@1", "±95%", "pass@4", "maj@4", "length", "vowels", "mean"):
         assert word in text
 
 
