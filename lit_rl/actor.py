@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass, replace
@@ -165,6 +166,10 @@ class Actor(L.LightningModule):
     def precision(self) -> AbstractContextManager[Any]:
         """The Trainer's forward context (autocast), for passes outside training_step."""
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def setup(self, stage: str) -> None:
+        message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
+        warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # tasks are text

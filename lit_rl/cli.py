@@ -41,37 +41,36 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"there is no file and no recipe {name!r}: {hint}")
 
 
-def suggestions(message: str) -> str:
-    """Names of ours close to those a parser's message complains of."""
-    options = {
-        p
-        for c in (*METHODS.values(), *DATAMODULES.values(), *CALLBACKS.values())
-        for k in c.__mro__
-        for p in signature(k).parameters
-    }
-    names = [*METHODS, *DATAMODULES, *CALLBACKS, *options, *COMMANDS, "fit", "validate", "test", "predict"]
-    words = dict.fromkeys(re.findall(r"[A-Za-z_][\w]{2,}", message))
-    found = {w: get_close_matches(w, names, n=2, cutoff=0.75) for w in words if w not in names}
-    return "".join(f"\nDid you mean {' or '.join(close)} instead of {word}?" for word, close in found.items() if close)
+def explain(message: str) -> str:
+    """A parser's message without its noise, and with the names of ours that are close to those it complains of."""
+    noise = (
+        "Given value",
+        "- Expected a <class 'NoneType'>",
+        "Subtypes:",
+        "- Does not validate",
+        "Does not validate",
+        "Errors:",
+    )
+    lines = [line for line in message.split("\n") if line.strip() and not line.strip().startswith(noise)]
+    message = "\n".join(dict.fromkeys(lines)) or message
+    classes = {**METHODS, **DATAMODULES, **CALLBACKS}
+    options = {p for c in classes.values() for base in c.__mro__ for p in signature(base).parameters}
+    asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
+    for word in dict.fromkeys(w.rpartition(".")[2] for w in asked):
+        if close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7):
+            message += f"\nDid you mean {' or '.join(close)} instead of {word}?"
+    return message
 
 
 class Parser(LightningArgumentParser):
     """Complains in a few lines, with suggestions, where jsonargparse prints the usage of every option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        noise = (
-            "Given value",
-            "- Expected a <class 'NoneType'>",
-            "Subtypes:",
-            "Does not validate against any",
-            "Errors:",
-        )
-        lines = [line for line in message.split("\n") if not line.strip().startswith(noise)]
-        message = "\n".join(lines) or message
-        message += suggestions(message)
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.exit(f"lit-rl: {message}\nAll options: lit-rl fit --help; those of a class: lit-rl fit --model.help GRPO")
+        sys.exit(
+            f"lit-rl: {explain(message)}\nAll options: lit-rl fit --help; those of a class: lit-rl fit --model.help GRPO"
+        )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -93,8 +92,6 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    parser_class = Parser
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run",
@@ -149,6 +146,7 @@ def run_cli(argv: list[str]) -> CLI:
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=Parser,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             parser_kwargs={
@@ -156,6 +154,8 @@ def run_cli(argv: list[str]) -> CLI:
                 "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
             },
         )
+    except ValueError as error:
+        raise ValueError(explain(str(error))) from error
     finally:
         if chosen_before is None:
             os.environ.pop(RUN_VARIABLE, None)

@@ -118,7 +118,9 @@ class Rollout(Policy):
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
         self.reference: nn.Module | None = None
         if kl_coef:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            self.reference = copy.deepcopy(self.model).requires_grad_(
+                False
+            )  # has no dropout: it need not be in eval mode
             self.reference_terms = Forward(self.reference)
 
     # ---------------------------------------------------------------- tasks to experience

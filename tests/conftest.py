@@ -4,7 +4,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy box are t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import logging
+
 import pytest
+
+logging.raiseExceptions = False  # handlers that outlive a captured stream
 
 
 @pytest.fixture(autouse=True)
