@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset
 
+from lit_rl.checks import require
 from lit_rl.task import Task
 
 
@@ -52,8 +53,7 @@ class TaskData(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, shuffle: bool = False) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.batch_size, self.eval_batch_size, self.shuffle = batch_size, eval_batch_size or batch_size, shuffle
 
     def tasks(self, split: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rl import ranks
+from lit_rl.checks import require
 from lit_rl.task import Task
 
 from .base import TaskData
@@ -72,13 +73,10 @@ class Bootcamp(TaskData):
                 raise ValueError(
                     f"level is ({low}, {high}), but family {member.name} has levels 0 to {member.max_level}"
                 )
-        for name, value in (("size", size), ("val_size", val_size), ("test_size", test_size), ("window", window)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
-        if size > STRIDE:
-            raise ValueError(f"size is {size}: at most {STRIDE}")
-        if not 0 < promote_at <= 1:
-            raise ValueError(f"promote_at is {promote_at}: it must be a share above 0 and at most 1")
+        for name, value in {"size": size, "val_size": val_size, "test_size": test_size, "window": window}.items():
+            require(value >= 1, name, value, "at least 1")
+        require(size <= STRIDE, "size", size, f"at most {STRIDE}")
+        require(0 < promote_at <= 1, "promote_at", promote_at, "a share above 0 and at most 1")
         self.low, self.high, self.size, self.seed, self.hint = low, high, size, seed, hint
         self.sizes = {"train": size, "validation": val_size, "test": test_size}
         self.adaptive, self.promote_at, self.window = adaptive, promote_at, window

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_rl import jsonl, models, run
+from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
 from lit_rl.scoring import Scorer
@@ -59,8 +60,7 @@ class Actor(L.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if eval_samples < 1:
-            raise ValueError(f"eval_samples is {eval_samples}: it must be at least 1")
+        require(eval_samples >= 1, "eval_samples", eval_samples, "at least 1")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model", "tokenizer"])
         self.hparams.update(
             {k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_rl import models
 from lit_rl.actor import Actor
+from lit_rl.checks import require
 from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.objectives import token_weights
@@ -61,10 +62,12 @@ class Policy(Actor):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        numbers = {"epochs": epochs, "minibatches": minibatches, "microbatch_tokens": microbatch_tokens}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        for name, value in {
+            "epochs": epochs,
+            "minibatches": minibatches,
+            "microbatch_tokens": microbatch_tokens,
+        }.items():
+            require(value >= 1, name, value, "at least 1")
         self.lr, self.weight_decay, self.schedule, self.warmup_steps = lr, weight_decay, schedule, warmup_steps
         self.epochs, self.minibatches, self.microbatch_tokens = epochs, minibatches, microbatch_tokens
         if gradient_checkpointing:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_rl import hooks, objectives
 from lit_rl.advantage import ADVANTAGES
+from lit_rl.checks import require
 from lit_rl.experience import Experience, Terms, build, concat
 from lit_rl.forward import Forward
 from lit_rl.policy import Aggregate, Policy
@@ -80,39 +81,25 @@ class Rollout(Policy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        for name, value, fine, limit in [
-            ("group", group, group >= 1, "at least 1"),
-            ("advantage", advantage, advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}"),
-            ("cap", cap, cap >= 1, "at least 1: it caps the ratio itself, and below 1 it would scale down every token"),
-            ("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "above 1"),
-            ("clip_low", clip_low, 0 <= clip_low <= 1, "between 0 and 1"),
-            ("clip_high", clip_high, clip_high >= 0, "at least 0"),
-            ("tis_cap", tis_cap, tis_cap is None or tis_cap >= 1, "at least 1"),
-            ("overlong_buffer", overlong_buffer, 0 <= overlong_buffer <= 1, "a share between 0 and 1"),
-            ("max_rounds", max_rounds, max_rounds >= 1, "at least 1"),
-            (
-                "dynamic_sampling",
-                dynamic_sampling,
-                not dynamic_sampling or group > 1,
-                "off when group is 1: one reward is always equal to itself",
-            ),
-        ]:
-            if not fine:
-                raise ValueError(f"{name} is {value}: it must be {limit}")
-        self.group, self.advantage, self.aggregate, self.objective, self.ratio = (
-            group,
-            advantage,
-            aggregate,
-            objective,
-            ratio,
+        require(group >= 1, "group", group, "at least 1")
+        require(advantage in ADVANTAGES, "advantage", advantage, f"one of {', '.join(ADVANTAGES)}")
+        require(
+            cap >= 1, "cap", cap, "at least 1, since it caps the ratio itself: below, it would scale every token down"
         )
+        require(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "above 1")
+        require(0 <= clip_low <= 1, "clip_low", clip_low, "between 0 and 1")
+        require(clip_high >= 0, "clip_high", clip_high, "at least 0")
+        require(tis_cap is None or tis_cap >= 1, "tis_cap", tis_cap, "at least 1")
+        require(0 <= overlong_buffer <= 1, "overlong_buffer", overlong_buffer, "a share between 0 and 1")
+        require(max_rounds >= 1, "max_rounds", max_rounds, "at least 1")
+        require(
+            not dynamic_sampling or group > 1, "dynamic_sampling", True, "off when group is 1: one reward never differs"
+        )
+        self.group, self.advantage, self.aggregate = group, advantage, aggregate
+        self.objective, self.ratio = objective, ratio
         self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap
-        self.kl_coef, self.kl_estimator, self.kl_in_reward, self.entropy_coef = (
-            kl_coef,
-            kl_estimator,
-            kl_in_reward,
-            entropy_coef,
-        )
+        self.kl_coef, self.kl_estimator, self.kl_in_reward = kl_coef, kl_estimator, kl_in_reward
+        self.entropy_coef = entropy_coef
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
@@ -120,7 +107,7 @@ class Rollout(Policy):
         if kl_coef:
             self.reference = copy.deepcopy(self.model).requires_grad_(
                 False
-            )  # has no dropout: it need not be in eval mode
+            )  # without dropout, its mode does not matter
             self.reference_terms = Forward(self.reference)
 
     # ---------------------------------------------------------------- tasks to experience

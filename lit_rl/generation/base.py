@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from lit_rl.checks import require
+
 
 @dataclass
 class Sampling:
@@ -27,16 +29,11 @@ class Sampling:
     """A completion ends with the token that completes any of these strings."""
 
     def __post_init__(self) -> None:
-        checks = [
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1"),
-        ]
-        for name, value, fine, limit in checks:
-            if not fine:
-                raise ValueError(f"sampling.{name} is {value}: it must be {limit}")
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.temperature >= 0, "sampling.temperature", self.temperature, "at least 0")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0 and at most 1")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "at least 0 (0 keeps all tokens)")
+        require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 and below 1")
 
 
 @dataclass
