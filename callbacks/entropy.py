@@ -19,7 +19,8 @@ class EntropyMonitor(RLCallback):
     """Logs "entropy", in nats: the mean over the response tokens of each training step.
 
     On any LightningModule that holds a Hugging Face causal language model it reads the logits of the training forward
-    (no forward of its own); tokens whose label is -100 are left out. A lit-rl policy hands over its entropies instead.
+    (no forward of its own); tokens whose label is -100 are left out. A lit-rl policy hands over its entropies instead:
+    those of the tokens that count in the loss, rows without signal not among them.
     """
 
     def __init__(self) -> None:
@@ -72,8 +73,9 @@ class EntropyMonitor(RLCallback):
         if self._handle is not None:  # the terms are better: only response tokens, and what the policy is trained at
             self._remove()
             self._sum, self._tokens = 0.0, 0
-        self._sum += float(terms.entropy.detach()[experience.mask].sum())
-        self._tokens += int(experience.mask.sum())
+        counted = terms.weights != 0
+        self._sum += float(terms.entropy.detach()[counted].sum())
+        self._tokens += int(counted.sum())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,8 +23,8 @@ SAMPLE = 2**20
 class RolloutStats(RLCallback):
     """Logs, each step:
 
-    - reward/FAMILY, and reward_std;
-    - groups/no_signal (equal rewards, no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
+    - reward/FAMILY, and reward_std, with whatever shaping the rewards have;
+    - groups/no_signal (no advantage, hence no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
     - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
@@ -46,14 +46,18 @@ class RolloutStats(RLCallback):
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
         x = experience
-        groups = [x.rewards[(x.group == g) & x.valid] for g in range(len(x.tasks))]
-        groups = [rewards for rewards in groups if len(rewards)]
-        n, flat = max(1, len(groups)), [r for r in groups if r.min() == r.max()]
+        if not len(x):
+            return
+        assert x.advantages is not None
+        rows = [((x.group == g) & x.valid).nonzero().flatten().tolist() for g in range(len(x.tasks))]
+        rows = [group for group in rows if group]
+        n = max(1, len(rows))
+        right = [[x.verdicts[i].correct for i in group] for group in rows]
         lengths = x.response_lengths.float()
         self._numbers |= {
-            "groups/no_signal": len(flat) / n,
-            "groups/all_right": sum(bool(r[0] >= 1) for r in flat) / n,
-            "groups/all_wrong": sum(bool(r[0] <= 0) for r in flat) / n,
+            "groups/no_signal": sum(not x.advantages[group].any() for group in rows) / n,
+            "groups/all_right": sum(map(all, right)) / n,
+            "groups/all_wrong": sum(not any(group) for group in right) / n,
             "invalid": float((~x.valid).float().mean()),
             "reward_std": float(x.rewards[x.valid].std()) if int(x.valid.sum()) > 1 else 0.0,
             "length/mean": float(lengths.mean()),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from random import Random
 from typing import Any, Protocol
 
 import lightning.pytorch as L
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_rl.checks import require
 from lit_rl.task import Task
@@ -19,11 +21,34 @@ class Tasks(Protocol):
     def __getitem__(self, index: int) -> Task: ...
 
 
-class ResumableLoader(DataLoader[Task]):
-    """A DataLoader of task lists whose position is part of the checkpoint. One worker: tasks are made in microseconds."""
+class Shuffled(Sampler[int]):
+    """A permutation for each epoch, from (seed, epoch) alone; Lightning sets the epoch."""
 
-    def __init__(self, dataset: Dataset[Task], *, collate_fn: Any = list, **kwargs: Any) -> None:
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.size))
+        Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return iter(order)
+
+
+class ResumableLoader(DataLoader[Task]):
+    """A DataLoader of task lists whose position is part of the checkpoint. One process: tasks are made in microseconds.
+
+    `epoch_batches` tells how many batches an epoch has when the Trainer limits them."""
+
+    def __init__(
+        self, dataset: Dataset[Task], *, epoch_batches: Any = None, collate_fn: Any = list, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, collate_fn=collate_fn, **kwargs)
+        self.epoch_batches = epoch_batches
         self._done = 0
         self._skip = 0
 
@@ -36,7 +61,8 @@ class ResumableLoader(DataLoader[Task]):
                 yield [self.dataset[j] for j in indices]
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._done % max(1, len(self))}  # an epoch's end is the next one's start
+        epoch = min(len(self), self.epoch_batches() if self.epoch_batches else len(self))
+        return {"batches": self._done % max(1, int(epoch))}  # an epoch's end is the next one's start
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches"]
@@ -61,7 +87,14 @@ class TaskData(L.LightningDataModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Task]:
-        return ResumableLoader(self.tasks("train"), batch_size=self.batch_size, shuffle=self.shuffle, drop_last=True)
+        tasks = self.tasks("train")
+        return ResumableLoader(
+            tasks,
+            batch_size=self.batch_size,
+            sampler=Shuffled(len(tasks)) if self.shuffle else None,
+            drop_last=True,
+            epoch_batches=lambda: self.trainer.num_training_batches if self.trainer else math.inf,
+        )
 
     def val_dataloader(self) -> DataLoader[Task]:
         return ResumableLoader(self.tasks("validation"), batch_size=self.eval_batch_size)

@@ -13,12 +13,14 @@ def main(argv: list[str] | None = None) -> None:
         if argv and argv[0] in commands.COMMANDS:
             commands.COMMANDS[argv[0]](argv[1:])
             return
-        from lit_rl.cli import run_cli
+        from lit_rl.cli import resolve, run_cli
 
+        argv = resolve(argv)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        sys.exit(f"lit-rl: {error}")
+    try:
         run_cli(argv)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        if "--debug" in argv:
-            raise
+    except FileExistsError as error:  # another run's folder
         sys.exit(f"lit-rl: {error}")
 
 

@@ -38,6 +38,7 @@ class Actor(L.LightningModule):
         chat: Whether prompts go through the tokenizer's chat template; "auto": when it has one.
         sampling: How responses are drawn, in training and (but for `eval_temperature`) in evaluation.
         generator: The engine that samples; None is the native one.
+        max_rows: Responses that the native engine samples at a time: lower it when memory runs out while sampling.
         scoring: Where and within what limits responses are scored.
         eval_samples: Responses a task in validate and test; pass@k and maj@k want several.
         eval_temperature: Sampling temperature in evaluation; None is that of training.
@@ -54,6 +55,7 @@ class Actor(L.LightningModule):
         chat: Literal["auto", "always", "never"] = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008  (a default the command line can show; never changed in place)
         generator: Generator | None = None,
+        max_rows: int = 256,
         scoring: Scorer = Scorer(),  # noqa: B008
         eval_samples: int = 1,
         eval_temperature: float | None = None,
@@ -61,7 +63,8 @@ class Actor(L.LightningModule):
     ) -> None:
         super().__init__()
         require(eval_samples >= 1, "eval_samples", eval_samples, "at least 1")
-        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model", "tokenizer"])
+        objects = {"model": model, "tokenizer": tokenizer, "generator": generator or object()}
+        self.save_hyperparameters(ignore=[k for k, v in objects.items() if not isinstance(v, str | None)])
         self.hparams.update(
             {k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)}
         )
@@ -79,7 +82,7 @@ class Actor(L.LightningModule):
         if generator is None:
             from lit_rl.generation.native import NativeGenerator
 
-            generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode)
+            generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode, max_rows)
         self.generator: Any = generator
         self.evaluation = Evaluation()
         self.table = Table([])
@@ -90,6 +93,8 @@ class Actor(L.LightningModule):
         """Spent in this training step, by activity."""
         self.sampled_tokens = 0
         """In this training step."""
+        self._copies: dict[str, int] = {}
+        """How often each prompt was sampled in this training step."""
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -114,9 +119,9 @@ class Actor(L.LightningModule):
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def seeds(self, tasks: list[Task], samples: int, purpose: str) -> list[list[int]]:
-        """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a batch are told apart by order."""
+        """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a step are told apart by order."""
         step = self.trainer.global_step if purpose == "train" and self._trainer is not None else 0
-        seen: dict[str, int] = {}
+        seen = self._copies if purpose == "train" else {}
         result = []
         for task in tasks:
             copy = seen[task.key()] = seen.get(task.key(), -1) + 1
@@ -174,11 +179,16 @@ class Actor(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # tasks are text
 
-    def evaluate(self, tasks: list[Task]) -> None:
-        temperature = self.sampling.temperature if self.eval_temperature is None else self.eval_temperature
-        kept, _, completions = self.respond(
-            tasks, self.eval_samples, "eval", replace(self.sampling, temperature=temperature)
+    @property
+    def eval_sampling(self) -> Sampling:
+        return (
+            self.sampling
+            if self.eval_temperature is None
+            else replace(self.sampling, temperature=self.eval_temperature)
         )
+
+    def evaluate(self, tasks: list[Task]) -> None:
+        kept, _, completions = self.respond(tasks, self.eval_samples, "eval", self.eval_sampling)
         verdicts = self.score(kept, completions)
         for task, group, judged in zip(kept, completions, verdicts, strict=True):
             self.evaluation.update(task.family or "all", judged, [len(c.tokens) for c in group])
@@ -196,6 +206,7 @@ class Actor(L.LightningModule):
         self._report("test")
 
     def _report(self, stage: str) -> None:
+        self.evaluation.update("", [], [])  # so that no rank has nothing to gather
         self.table = self.evaluation.compute()
         self.evaluation.reset()
         run.save_evaluation(self.trainer, stage, self.table)
@@ -204,7 +215,7 @@ class Actor(L.LightningModule):
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""
-        kept, _, completions = self.respond(batch, self.eval_samples, "eval")
+        kept, _, completions = self.respond(batch, self.eval_samples, "eval", self.eval_sampling)
         judged = self.score(kept, completions) if all(task.score for task in kept) else None
         return [
             {"task": task.id, "family": task.family, "prompt": task.text(), "response": completion.text}
@@ -213,10 +224,12 @@ class Actor(L.LightningModule):
             for i, completion in enumerate(group)
         ]
 
+    def on_predict_start(self) -> None:
+        self._predictions = run.folder(self.trainer) / run.by_rank(run.PREDICTIONS, self.global_rank)
+
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        folder = run.folder(self.trainer)
         if self.trainer.loggers:
-            jsonl.append(folder / run.by_rank(run.PREDICTIONS, self.global_rank), outputs)
+            jsonl.append(self._predictions, outputs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {

@@ -88,7 +88,8 @@ def rloo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = No
 
 
 def reinforce_pp(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
-    """REINFORCE++: A = R, whitened over all tokens of the batch; the groups play no part (arXiv 2501.03262)."""
+    """REINFORCE++: A = R, whitened over all tokens of the batch (of each rank's own); the groups
+    play no part (arXiv 2501.03262)."""
     return _whiten(rewards, mask, _valid(rewards, valid))
 
 

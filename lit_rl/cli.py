@@ -118,26 +118,36 @@ class CLI(LightningCLI):
         else:
             config.trainer.default_root_dir = config.run
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # a setting that its class refuses
+            sys.exit(f"lit-rl: {explain(str(error))}")
+
 
 def _free_folder(name: str) -> str:
     taken = {int(m[1]) for p in Path("runs").glob(f"{name}-*") if (m := re.fullmatch(rf"{name}-(\d+)", p.name))}
     return f"runs/{name}-{max(taken, default=0) + 1}"
 
 
-def run_cli(argv: list[str]) -> CLI:
-    """Parses and runs; `--config NAME` may name a recipe."""
+def resolve(argv: list[str]) -> list[str]:
+    """The command line with recipes' names as paths; raises ValueError for unknown ones and for unknown commands."""
     argv = list(argv)
     for i, word in enumerate(argv):
         if word in ("--config", "-c") and i + 1 < len(argv):
             argv[i + 1] = str(find_recipe(argv[i + 1]))
         elif word.startswith("--config="):
             argv[i] = f"--config={find_recipe(word.removeprefix('--config='))}"
-    if argv and not argv[0].startswith("-") and argv[0] not in ("fit", "validate", "test", "predict"):
-        close = get_close_matches(argv[0], [*COMMANDS, "fit", "validate", "test", "predict"])
-        raise ValueError(
-            f"there is no command {argv[0]!r}"
-            + (f": did you mean {' or '.join(close)}?" if close else "; see lit-rl --help")
-        )
+    verbs = ["fit", "validate", "test", "predict"]
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        close = get_close_matches(argv[0], [*COMMANDS, *verbs])
+        hint = f": did you mean {' or '.join(close)}?" if close else "; see lit-rl --help"
+        raise ValueError(f"there is no command {argv[0]!r}{hint}")
+    return argv
+
+
+def run_cli(argv: list[str]) -> CLI:
+    """Parses and runs a resolved command line."""
     sys.argv[1:] = argv  # launchers of further processes repeat it
     chosen_before = os.environ.get(RUN_VARIABLE)
     try:
@@ -154,8 +164,6 @@ def run_cli(argv: list[str]) -> CLI:
                 "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
             },
         )
-    except ValueError as error:
-        raise ValueError(explain(str(error))) from error
     finally:
         if chosen_before is None:
             os.environ.pop(RUN_VARIABLE, None)

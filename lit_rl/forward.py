@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,7 +18,11 @@ from lit_rl import ops
 from lit_rl.experience import Experience, build
 
 TOLERANCE = 2e-3
-"""Largest difference of a log-probability that still counts as the same in the check at first use (float32)."""
+"""Largest difference of a log-probability that still counts as the same in the check at first use, in float32."""
+HALF_TOLERANCE = 0.2
+"""Mean difference that does in half precision."""
+LONGEST_PACK = 8192
+"""Tokens of a group in one sequence at most: its mask has the square of that."""
 
 
 class Layout(NamedTuple):
@@ -79,7 +84,10 @@ class Forward:
         """(N, T) float32 log-probabilities of the response tokens under softmax(logits / temperature), less what
         truncation kept, and the entropies of those softmaxes. Zero off the mask."""
         if self._fused is None:
-            self._check(x.tokens.device)
+            with torch.autocast(x.tokens.device.type, enabled=False):
+                self._check(x.tokens.device)
+            for note in self.notes:
+                rank_zero_warn(f"{type(self.model).__name__} trains correctly, but slower than it could: {note}")
         layout = shared_layout(x) if self._shared and self._worth_sharing(x) else rows_layout(x)
         logps, entropy = self._run(layout, x.tokens[x.mask], temperature, bool(self._fused))
         spread = torch.zeros(x.tokens.shape, dtype=torch.float32, device=x.tokens.device)
@@ -108,7 +116,7 @@ class Forward:
         def cost(batch: int, length: int, causal: float) -> float:
             return batch * length * (12 * width + 2 * causal * length)
 
-        return cost(len(groups), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
+        return longest_pack <= LONGEST_PACK and cost(len(groups), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
 
     @torch.no_grad()
     def _check(self, device: torch.device) -> None:
@@ -142,6 +150,9 @@ class Forward:
             )
 
     def _same(self, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> bool:
-        exact = next(self.model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled()
-        tolerance = TOLERANCE if exact else 0.1
-        return all(bool(torch.allclose(a, b, rtol=0, atol=tolerance)) for a, b in zip(got, want, strict=True))
+        gaps = [(a - b).abs() for a, b in zip(got, want, strict=True)]
+        if next(self.model.parameters()).dtype == torch.float32:
+            return all(float(gap.max()) < TOLERANCE for gap in gaps)
+        return all(
+            float(gap.mean()) < HALF_TOLERANCE for gap in gaps
+        )  # single tokens differ by tenths in half precision

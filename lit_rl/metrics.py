@@ -153,12 +153,16 @@ class Evaluation(Metric):
     def update(self, family: str, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> None:
         """One item: the verdicts on its responses and their lengths in tokens."""
         valid = [v for v in verdicts if v.valid]
-        if not valid:
-            return
         encoded = family.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
         self.names.append(torch.tensor([list(encoded)], dtype=torch.uint8, device=self.device))
-        score = sum(v.score for v in valid) / len(valid)
-        numbers = [len(valid), sum(v.correct for v in valid), majority(valid), sum(lengths) / len(lengths), score]
+        score = sum(v.score for v in valid) / max(1, len(valid))
+        numbers = [
+            len(valid),
+            sum(v.correct for v in valid),
+            majority(valid),
+            sum(lengths) / max(1, len(lengths)),
+            score,
+        ]
         self.numbers.append(torch.tensor([numbers], dtype=torch.float32, device=self.device))
 
     def compute(self) -> Table:
@@ -168,5 +172,6 @@ class Evaluation(Metric):
         records = [
             (bytes(name).rstrip(b"\0").decode(errors="ignore"), int(n[0]), int(n[1]), n[2] > 0, n[3], n[4])
             for name, n in zip(names.tolist(), numbers.tolist(), strict=True)
+            if n[0]
         ]
         return tabulate(records)

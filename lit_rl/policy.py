@@ -100,10 +100,15 @@ class Policy(Actor):
         x = build(
             [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], tasks, self.tokenizer.pad_token_id or 0
         )
-        x.rewards, x.texts = torch.tensor([r[3] for r in rows]), [r[4] for r in rows]
+        x.rewards, x.texts = torch.tensor([r[3] for r in rows], dtype=torch.float32), [r[4] for r in rows]
         return x
 
     def on_fit_start(self) -> None:
+        strategy = type(self.trainer.strategy).__name__
+        if strategy.startswith(("FSDP", "ModelParallel", "DeepSpeed")):
+            raise ValueError(
+                f"{strategy} is not supported: each rank samples by itself and needs all weights. Use ddp."
+            )
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: a policy accumulates by itself. Leave it"
@@ -115,7 +120,7 @@ class Policy(Actor):
             raise TypeError(
                 f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
             )
-        self.counts, self.seconds, self.sampled_tokens = {}, {}, 0
+        self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
         self._plan = self.plan(self.collect(batch))
         self._loss = 0.0
 
@@ -209,7 +214,8 @@ class Policy(Actor):
         """Nothing: `_accumulate` does it once a minibatch, and Lightning would do it once a slice."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.log("loss", self._loss / max(1, self.epochs * self.minibatches))
+        taken = self.epochs * sum(map(bool, self._plan))
+        self.log("loss", self.sum_over_ranks(self._loss) / self.trainer.world_size / max(1, taken))
         for name, value in self.counts.items():
             self.log(name, value, reduce_fx="sum")
 

@@ -90,6 +90,12 @@ class Rollout(Policy):
         require(0 <= clip_low <= 1, "clip_low", clip_low, "between 0 and 1")
         require(clip_high >= 0, "clip_high", clip_high, "at least 0")
         require(tis_cap is None or tis_cap >= 1, "tis_cap", tis_cap, "at least 1")
+        require(
+            tis_cap is None or old_logps != "sampler",
+            "tis_cap",
+            tis_cap,
+            "None with old_logps=sampler: all ratios are 1",
+        )
         require(0 <= overlong_buffer <= 1, "overlong_buffer", overlong_buffer, "a share between 0 and 1")
         require(max_rounds >= 1, "max_rounds", max_rounds, "at least 1")
         require(
@@ -103,6 +109,7 @@ class Rollout(Policy):
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
+        self._rewards = (0.0, 0)
         self.reference: nn.Module | None = None
         if kl_coef:
             self.reference = copy.deepcopy(self.model).requires_grad_(
@@ -114,7 +121,8 @@ class Rollout(Policy):
 
     def collect(self, tasks: list[Task]) -> Experience:
         x = self.sample(tasks)
-        if not len(x):
+        self._rewards = (float(x.rewards[x.valid].sum()), int(x.valid.sum()))
+        if not len(x) and self.trainer.world_size == 1:
             return x
         if round(self.overlong_buffer * self.sampling.max_new_tokens):
             limit = self.sampling.max_new_tokens
@@ -133,8 +141,13 @@ class Rollout(Policy):
         hooks.call(self.trainer, "on_advantage", x)
         if self.mask_truncated:
             x.mask &= ~x.truncated[:, None]
-        self.log("reward", x.rewards[x.valid].mean() if x.valid.any() else 0.0, prog_bar=True)
         return x
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        total, count = (self.sum_over_ranks(value) for value in self._rewards)
+        if count:
+            self.log("reward", total / count, prog_bar=True)
 
     def sample(self, tasks: list[Task]) -> Experience:
         """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
@@ -184,13 +197,14 @@ class Rollout(Policy):
         verdicts = self.score(tasks, completions)
         x.verdicts = [v for group in verdicts for v in group]
         x.texts = [c.text for c in flat]
-        x.rewards = torch.tensor([v.score for v in x.verdicts])
+        x.rewards = torch.tensor([v.score for v in x.verdicts], dtype=torch.float32)
         x.valid = torch.tensor([v.valid for v in x.verdicts], dtype=torch.bool)
         x.truncated = torch.tensor([c.finish == "length" for c in flat], dtype=torch.bool)
         if flat:
             x.sampler_logps = torch.zeros(x.tokens.shape).masked_scatter(x.mask, torch.cat([c.logps for c in flat]))
             kept = torch.cat([c.log_kept for c in flat])
             x.log_kept = torch.zeros(x.tokens.shape).masked_scatter(x.mask, kept) if kept.any() else None
+        if flat or self.trainer.world_size > 1:  # on all ranks or none: a hook may gather
             hooks.call(self.trainer, "on_rollout", x)
         return x
 

@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="made anew")
-    parser.add_argument("--warm-steps", type=int, default=300)
+    parser.add_argument("--warm-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=240)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

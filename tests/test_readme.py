@@ -37,7 +37,7 @@ def test_commands_parse(line, monkeypatch, capsys):
     Path("checkpoints").mkdir()
     for name in ("instantiate_classes", "_run_subcommand"):
         monkeypatch.setattr(cli.CLI, name, lambda *a, **k: None)
-    assert cli.run_cli(words).config[words[0]]
+    assert cli.run_cli(cli.resolve(words)).config[words[0]]
 
 
 def test_recipes_are_named():
