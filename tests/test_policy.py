@@ -5,8 +5,9 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_rl import GRPO, SFT, DrGRPO, RLCallback, Sampling, Task
+from lit_rl import GRPO, SFT, DrGRPO, RLCallback, Sampling, Task, Verdict
 from lit_rl.datamodules.base import TaskData
 from lit_rl.methods.dapo import DAPO
 from lit_rl.rollout import Rollout
@@ -281,3 +282,72 @@ def test_options_stay_few():
         parser = ArgumentParser()
         parser.add_class_arguments(method, "m")
         assert len([a for a in parser._actions if a.dest.startswith("m.")]) <= 60
+
+
+def test_integer_scores_are_numbers():
+    seen = []
+
+    class Watch(RLCallback):
+        def on_advantage(self, trainer, module, x):
+            seen.append(x.rewards.dtype)
+
+    judge = lambda text: Verdict(len(text) > 3, int(len(text) > 3))  # noqa: E731
+    trainer(max_steps=1, callbacks=[Watch()]).fit(policy(GRPO), Letters(score=judge))
+    assert seen == [torch.float32]
+
+
+def test_equal_prompts_get_other_samples():
+    """Within a batch, and in the further rounds of dynamic sampling."""
+
+    class Same(Letters):
+        def tasks(self, split):
+            return [Task("the same prompt", lambda text: 0.0) for _ in range(8)]
+
+    texts = []
+
+    class Watch(RLCallback):
+        def on_rollout(self, trainer, module, x):
+            texts.extend(x.texts)
+
+    with pytest.raises(RuntimeError, match="no group with different rewards"):
+        trainer(max_steps=1, callbacks=[Watch()]).fit(policy(DAPO, max_rounds=3), Same())
+    assert len(texts) == 3 * 4 * 4
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("settings", [dict(limit_train_batches=3), dict()])
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_resume_is_exact(settings, stop, shuffle):
+    def run(**kwargs):
+        prompts = []
+
+        class Watch(RLCallback):
+            def on_rollout(self, trainer, module, x):
+                prompts.extend(t.text() for t in x.tasks)
+
+        module, data = policy(), Letters(n=16)
+        data.shuffle = shuffle
+        saver = ModelCheckpoint("saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(max_steps=6, callbacks=[Watch(), saver], enable_checkpointing=True, **settings).fit(
+            module, data, **kwargs
+        )
+        return prompts, weights(module)
+
+    prompts, straight = run()
+    rest, resumed = run(ckpt_path=f"saved/step={stop}.ckpt")
+    assert prompts[4 * stop :] == rest
+    assert torch.equal(straight, resumed)
+
+
+def test_a_checkpoint_holds_no_objects_and_exports_alone():
+    from lit_rl.actor import export_checkpoint
+    from lit_rl.generation.native import NativeGenerator
+
+    plain = policy()
+    module = policy(generator=NativeGenerator(plain.eos, 0, plain.decode, max_rows=8))
+    run = trainer(max_steps=1)
+    run.fit(module, Letters())
+    run.save_checkpoint("x.ckpt")
+    export_checkpoint("x.ckpt", "exported")
+    assert torch.equal(weights(Rollout("exported")), weights(module))
