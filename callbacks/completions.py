@@ -46,6 +46,8 @@ class Completions(RLCallback):
         self._table: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return  # a trial leaves nothing behind
         self._path = run.folder(trainer) / run.by_rank(run.COMPLETIONS, trainer.global_rank)
         if trainer.global_step:
             jsonl.rewind(self._path, trainer.global_step)

@@ -211,7 +211,7 @@ class Actor(L.LightningModule):
         self.evaluation.reset()
         run.save_evaluation(self.trainer, stage, self.table)
         for name, value in self.table.scalars().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "pass@1", sync_dist=False)
+            self.log(f"{stage}/{name}", value, prog_bar=name == "pass@1", sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""

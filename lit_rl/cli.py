@@ -102,7 +102,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.run is None and config.trainer.logger not in (None, True):
+        if config.trainer.fast_dev_run or (config.run is None and config.trainer.logger not in (None, True)):
             return
         if config.trainer.logger in (None, True):
             chosen = (

@@ -112,9 +112,7 @@ class Rollout(Policy):
         self._rewards = (0.0, 0)
         self.reference: nn.Module | None = None
         if kl_coef:
-            self.reference = copy.deepcopy(self.model).requires_grad_(
-                False
-            )  # without dropout, its mode does not matter
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
             self.reference_terms = Forward(self.reference)
 
     # ---------------------------------------------------------------- tasks to experience
