@@ -38,7 +38,7 @@ def main() -> None:
         shutil.rmtree(args.run)
     L.seed_everything(args.seed, verbose=False)
 
-    def trainer(steps: int, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    def trainer(steps: int, folder: Path, validate: bool, callbacks: list[L.Callback]) -> L.Trainer:
         return L.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -49,15 +49,17 @@ def main() -> None:
             log_every_n_steps=1,
             enable_checkpointing=False,
             enable_model_summary=False,
-            limit_val_batches=0,
+            val_check_interval=50,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validate else 0,
         )
 
     print(f"1. warm start: {args.warm_steps} steps of SFT on worked solutions of {', '.join(FAMILIES)}")
     start = time.perf_counter()
-    data = {"families": FAMILIES, "level": 0, "test_size": 400, "seed": args.seed, "hint": False}
+    data = {"families": FAMILIES, "level": 0, "val_size": 100, "test_size": 400, "seed": args.seed, "hint": False}
     sampling = Sampling(max_new_tokens=40)
     warm = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=10, sampling=sampling, microbatch_tokens=2048)
-    trainer(args.warm_steps, args.run / "warm", []).fit(warm, Bootcamp(**data, batch_size=32))
+    trainer(args.warm_steps, args.run / "warm", False, []).fit(warm, Bootcamp(**data, batch_size=32))
     warm.export(args.run / "warm" / "model")
     print(f"   {time.perf_counter() - start:.0f} s")
 
@@ -73,7 +75,7 @@ def main() -> None:
         microbatch_tokens=4096,
         eval_samples=4,
     )
-    rl = trainer(args.steps, args.run, [EntropyMonitor(), RolloutStats(), Completions()])
+    rl = trainer(args.steps, args.run, True, [EntropyMonitor(), RolloutStats(), Completions()])
     bootcamp = Bootcamp(**data, batch_size=32, eval_batch_size=200)
     print("2. held-out tasks before reinforcement learning")
     rl.test(policy, bootcamp, verbose=False)
