@@ -29,8 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="made anew")
-    parser.add_argument("--warm-steps", type=int, default=250)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--warm-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=260)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
@@ -57,8 +57,7 @@ def main() -> None:
     print(f"1. warm start: {args.warm_steps} steps of SFT on worked solutions of {', '.join(FAMILIES)}")
     start = time.perf_counter()
     data = {"families": FAMILIES, "level": 0, "val_size": 100, "test_size": 400, "seed": args.seed, "hint": False}
-    sampling = Sampling(max_new_tokens=40)
-    warm = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=10, sampling=sampling, microbatch_tokens=2048)
+    warm = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=10, microbatch_tokens=2048)
     trainer(args.warm_steps, args.run / "warm", False, []).fit(warm, Bootcamp(**data, batch_size=32))
     warm.export(args.run / "warm" / "model")
     print(f"   {time.perf_counter() - start:.0f} s")
@@ -71,9 +70,10 @@ def main() -> None:
         lr=3e-4,
         schedule="linear",
         warmup_steps=10,
-        sampling=sampling,
+        sampling=Sampling(max_new_tokens=40, temperature=1.4),  # above that of evaluation, to keep exploring
         microbatch_tokens=4096,
         eval_samples=4,
+        eval_temperature=1.0,
     )
     rl = trainer(args.steps, args.run, True, [EntropyMonitor(), RolloutStats(), Completions()])
     bootcamp = Bootcamp(**data, batch_size=32, eval_batch_size=200)
