@@ -85,11 +85,7 @@ def test_the_gradient_does_not_depend_on_the_split(name):
 
 def test_sft_gradient_is_the_mean_over_all_response_tokens():
     recorder = Gradients()
-    module = (
-        policy(SFT, group=None)
-        if False
-        else SFT("tiny", lr=1e-3, sampling=Sampling(max_new_tokens=6), microbatch_tokens=100)
-    )
+    module = SFT("tiny", lr=1e-3, sampling=Sampling(max_new_tokens=6), microbatch_tokens=100)
     reference = copy.deepcopy(module.model)
     trainer(max_steps=1, callbacks=[recorder]).fit(module, Letters(batch_size=3))
     losses, count = [], 0
