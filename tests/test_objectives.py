@@ -1,10 +1,6 @@
-"""Every objective against the reference vectors, value and gradient, and what must hold for any log-probs."""
+"""What must hold of every objective for any log-probs; tests/test_vectors.py compares them with reference values."""
 
-import json
 import math
-import os
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,191 +9,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_rl.objectives import (
-    Objective,
     cispo,
     dppo,
     dro,
     gmpo,
     kl,
     log_ratio,
-    overlong_penalty,
     ppo,
     sapo,
     token_weights,
     truncated_importance,
 )
 
-VECTORS = Path(os.environ.get("LIT_RL_VECTORS", Path(__file__).parent / "vectors"))
-FILES = {path.stem: json.loads(path.read_text()) for path in sorted(VECTORS.glob("*.json"))}
-OURS = {"policy_losses", "aggregation", "misc_knobs", "hand_examples"}
-CASES = [(stem, case) for stem, data in FILES.items() for case in data.get("cases", [])]
-
 
 def tensor(values: list | float) -> Tensor:
-    return torch.tensor(json.loads(json.dumps(values).replace('"nan"', "NaN")), dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def assert_close(actual: Tensor, expected: list | float, atol: float = 1e-9) -> None:
-    """Where the reference is NaN, ours must be a number."""
-    wanted = tensor(expected)
-    assert actual.isfinite().all()
-    torch.testing.assert_close(actual, torch.where(wanted.isnan(), actual, wanted), rtol=0, atol=atol)
-
-
-def find(*keys: str) -> list:
-    """The cases, in any file, that have these keys."""
-    return [pytest.param(case, id=f"{stem}:{case['name']}") for stem, case in CASES if set(keys) <= case.keys()]
-
-
-def test_there_are_vectors() -> None:
-    assert FILES, f"no vectors in {VECTORS}"
-
-
-@pytest.mark.parametrize("stem", FILES)
-def test_every_case_is_handled(stem: str) -> None:
-    shapes = ("inputs", "params"), ("loss_mat", "mask"), ("train_minus_rollout_logprob",), ("lengths", "params")
-    handled = {param.id for keys in shapes for param in find(*keys)} | {"misc_knobs:group_filter"}  # that is a callback
-    left = {f"{s}:{case['name']}" for s, case in CASES if s == stem} - handled
-    if left and stem not in OURS:
-        pytest.skip("not about objectives")
-    assert not left, "cases of a form that is not known here"
-
-
-# ---------------------------------------------------------------------------------------------- the vectors: losses
-
-
-def objective(variant: str, p: dict, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Objective:
-    """The objective that the vectors call `variant`."""
-    ratio = log_ratio(logps, old, mask, "sequence" if variant == "gspo" else "token")
-    low, high = p.get("clip_ratio_low", 0.2), p.get("clip_ratio_high", 0.2)  # verl's defaults
-    if variant.startswith("vanilla"):
-        return ppo(ratio, advantages, low, high, dual_clip=p.get("clip_ratio_c", 3.0))
-    if variant in ("gspo", "entropy_repo_vanilla"):
-        return ppo(ratio, advantages, low, high)
-    if variant == "cispo":
-        return cispo(ratio, logps, advantages, mask, cap=1 + high, floor=1 - low)
-    if variant == "sapo":
-        return sapo(ratio, advantages, p.get("tau_pos", 1.0), p.get("tau_neg", 1.05))
-    if variant == "gmpo":
-        return gmpo(ratio, advantages * guard(mask), mask, low, high)  # verl takes a masked mean of the advantages
-    if variant in ("dppo_tv", "dppo_kl"):
-        return dppo(ratio, logps, old, advantages, mask, low, high, variant[-2:], p.get("clip_ratio_c", 20.0))  # type: ignore[arg-type]
-    if variant == "dro":
-        return dro(ratio, logps, advantages, mask, p["dro_beta"])
-    pytest.fail(f"the vectors have the variant {variant!r}, which no objective answers to")
-
-
-def guard(mask: Tensor) -> Tensor:
-    """The references divide a row by its tokens + 1e-8, we by its tokens."""
-    n = mask.sum(-1, keepdim=True)
-    return n / (n + 1e-8)
-
-
-@pytest.mark.parametrize("case", find("inputs", "params"))
-def test_policy_losses(case: dict) -> None:
-    params = case["params"]
-    if "variant" not in params:
-        pytest.skip("a method with a file of its own, tested beside it")
-    inputs = {key: tensor(value) for key, value in case["inputs"].items()}
-    logps, mask = inputs["log_prob"].requires_grad_(), inputs["response_mask"]
-    variant = params["variant"]
-    result = objective(variant, params, logps, inputs["old_log_prob"], inputs["advantages"], mask)
-
-    mode, empty = params["loss_agg_mode"], (mask.sum(-1) == 0).sum()
-    if variant == "gmpo":  # verl ignores the mode and means over all rows, empty ones too
-        weights = token_weights(mask, "sequence") * (len(mask) - empty) / len(mask)
-    else:
-        version = "entropy_repo" if "expected_official" in case else "verl_0_9_1"
-        weights = reference_weights(mask)[f"{version}/{mode}"]
-    loss = (result.loss * weights).sum()
-    expected = case.get("expected_verl_0_9_1") or case["expected_official"]
-    assert_close(loss, expected["loss"])
-    assert_close(torch.autograd.grad(loss, logps)[0], expected["grad_log_prob"])
-
-    metrics = expected.get("metrics", expected)
-    share = (result.clipped * mask).sum() / (mask.sum() + 1e-8)
-    if variant == "gmpo":  # verl counts every token outside the range, we those whose gradient is cut
-        assert share <= metrics["actor/pg_clipfrac"] + metrics["actor/pg_clipfrac_lower"]
-    elif variant.startswith("dppo"):  # its pg_clipfrac_lower counts capped ratios, which pass gradient
-        assert_close(share, metrics["actor/pg_clipfrac"])
-    else:
-        clipped = [value for key, value in metrics.items() if "clipfrac" in key]
-        assert_close(share, sum(clipped))
-
-
-@pytest.mark.skipif("hand_examples" not in FILES, reason="no hand_examples.json")
-def test_hand_example() -> None:
-    given_, expected = FILES["hand_examples"]["kl_cov"], FILES["hand_examples"]["grpo_clip_higher"]
-    logps, old, advantages = (tensor(given_[key]) for key in ("log_prob", "old", "adv"))
-    mask = torch.ones_like(logps)
-    logps.requires_grad_()
-    loss = (ppo(log_ratio(logps, old, mask), advantages, 0.2, 0.28).loss * token_weights(mask, "token")).sum()
-    assert_close(loss * 4 / (4 + 1e-8), expected["loss"])
-    assert_close(torch.autograd.grad(loss, logps)[0] * 4 / (4 + 1e-8), expected["grad"])
-
-
-# ----------------------------------------------------------------------------------- the vectors: weights and others
-
-
-def reference_weights(mask: Tensor) -> dict[str, Tensor]:
-    """The libraries' aggregations in terms of ours. Where they differ it is by a 1e-8 or by counting empty rows."""
-    tokens, rows, width = mask.sum(), len(mask), mask.shape[1]
-    full = (mask.sum(-1) > 0).sum()  # rows with tokens
-    token, sequence = token_weights(mask, "token"), token_weights(mask, "sequence")
-    total, norm = token_weights(mask, "constant", 1), token_weights(mask, "constant", width)
-    return {
-        "verl_0_9_1/token-mean": token,
-        "verl_0_9_1/seq-mean-token-mean": sequence * guard(mask),
-        "verl_0_9_1/seq-mean-token-sum": total,
-        "verl_0_9_1/seq-mean-token-sum-norm": norm,
-        "entropy_repo/token-mean": token * tokens / (tokens + 1e-8),
-        "entropy_repo/seq-mean-token-mean": sequence,
-        "entropy_repo/seq-mean-token-sum": total * full / rows,
-        "entropy_repo/seq-mean-token-sum-norm": norm * full,
-        "trl/bnpo": token,
-        "trl/grpo": sequence * full / rows,
-        "trl/dr_grpo": total * full / rows,
-        "luffy/remove_token_mean": norm * full,  # a sum over rows
-        "nft/sum_div_1000": token_weights(mask, "constant", 1000) * full,
-    }
-
-
-@pytest.mark.parametrize("case", find("loss_mat", "mask"))
-def test_aggregation(case: dict) -> None:
-    loss, mask = tensor(case["loss_mat"]), tensor(case["mask"])
-    for name, expected in case["expected"].items():
-        limit = re.fullmatch(r"(.+)\(max_completion_length=(\d+)\)", name)
-        known, divisor = (limit[1], int(limit[2])) if limit else (name, 1)
-        weights = reference_weights(mask)
-        assert known in weights, f"the vectors have the aggregation {name!r}, which is not known here"
-        assert_close((loss * weights[known]).sum() / divisor, expected)
-
-
-@pytest.mark.parametrize("case", find("train_minus_rollout_logprob"))
-def test_truncated_importance(case: dict) -> None:
-    difference, mask = tensor(case["train_minus_rollout_logprob"]), tensor(case["response_mask"])
-    for name, expected in case["expected"].items():
-        verl = re.fullmatch(r"(token|sequence)\|(?:([\d.]+)_)?([\d.]+)\|batch_norm=(True|False)", name)
-        trl = re.fullmatch(r"trl/(token|sequence)_(truncate|mask)\(([\d.]+)\)", name)
-        assert verl or trl, f"the vectors have the importance weights {name!r}, which are not known here"
-        if verl:
-            level, low, cap, norm = verl.groups()
-            floor, mode = (float(low), "mask") if low else (None, "truncate")
-        elif trl:
-            (level, mode, cap), floor, norm = trl.groups(), None, "False"
-        w = truncated_importance(difference, torch.zeros_like(mask), mask, level, float(cap), floor, mode)  # type: ignore[arg-type]
-        if norm == "True":
-            w = w / (w * token_weights(mask, level)).sum()  # type: ignore[arg-type]
-        assert_close(w, (tensor(expected) * mask).tolist(), atol=2e-8 if norm == "True" else 1e-9)  # verl's + 1e-8
-
-
-@pytest.mark.parametrize("case", find("lengths", "params"))
-def test_overlong_penalty(case: dict) -> None:
-    p = case["params"]
-    penalty = overlong_penalty(tensor(case["lengths"]), p["max_resp_len"], p["buffer"], p["penalty_factor"])
-    assert_close(penalty, case["expected"])
-    with pytest.raises(ValueError, match="buffer is 0"):
-        overlong_penalty(torch.tensor([3]), 10, 0)
+def assert_close(actual: Tensor, expected: list) -> None:
+    torch.testing.assert_close(actual, tensor(expected), rtol=0, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------- properties
