@@ -31,7 +31,8 @@ class Actor(L.LightningModule):
     It validates, tests and predicts in a Trainer as it is; a `Policy` is an actor that learns.
 
     Args:
-        model: "tiny" (about a million parameters, offline), "smollm2-135m", a hub id, a folder, a GGUF file, or a module.
+        model: "tiny" (about a million parameters, offline; "tiny-qwen3" and so on for other architectures),
+            "smollm2-135m", a hub id, a folder, a GGUF file, or a module.
         tokenizer: A hub id or folder, when it is not the model's own; or a tokenizer, when `model` is a module.
         dtype: Of the weights; "auto" is as stored. On a GPU, keep float32 here and set the Trainer's precision.
         attn_implementation: As in transformers; None is its own choice.

