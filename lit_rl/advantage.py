@@ -76,6 +76,14 @@ def grpo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = No
     return _spread(centred / (torch.where(count == 1, 1.0, variance.sqrt()) + eps), mask)
 
 
+def lite_ppo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Lite PPO: A = (R - mean within the group) / (std over the batch + eps), std with ddof=1 (arXiv 2508.08221). The batch
+    is each rank's own."""
+    valid = _valid(rewards, valid)
+    std = rewards[valid].std() if valid.sum() > 1 else 1.0
+    return _spread(_centre(rewards, group, valid)[0] / (std + eps), mask)
+
+
 def dr_grpo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
     """Dr. GRPO: A = R - mean within the group (arXiv 2503.20783)."""
     return _spread(_centre(rewards, group, _valid(rewards, valid))[0], mask)
@@ -106,5 +114,5 @@ def opo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = Non
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, opo)
+    f.__name__: f for f in (grpo, lite_ppo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, opo)
 }

@@ -89,6 +89,28 @@ def sapo(log_ratio: Tensor, advantages: Tensor, tau_pos: float = 1.0, tau_neg: f
     return Objective(loss, torch.zeros_like(loss, dtype=torch.bool))
 
 
+def vespo(
+    log_ratio: Tensor,
+    logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Objective:
+    """VESPO: L = -sg[phi(w)] A logp with phi(w) = w^k exp(lambda (1 - w)), k and lambda by A's sign (arXiv 2602.10693).
+
+    w is the ratio of the whole sequence, the product of its tokens': phi is 1 on-policy and fades on both sides, where
+    others clip. `log_ratio` may be of either level, since their sums are the same.
+    """
+    log_w = log_ratio.detach().sum(-1, keepdim=True)  # (N, 1)
+    k = torch.full_like(advantages, k_neg).masked_fill(advantages >= 0, k_pos)
+    decay = torch.full_like(advantages, lambda_neg).masked_fill(advantages >= 0, lambda_pos)
+    loss = -(k * log_w + decay * (1 - log_w.exp())).exp() * advantages * _inside(logps, mask)
+    return Objective(loss, torch.zeros_like(loss, dtype=torch.bool))
+
+
 def gmpo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Objective:
     """GMPO: L = -A exp(mean_t log r_t), each token's log-ratio clipped to [-clip_low, clip_high] (arXiv 2507.20673).
 

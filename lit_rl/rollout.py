@@ -32,7 +32,8 @@ class Rollout(Policy):
         advantage: How rewards become advantages; a name in lit_rl.advantage.
         aggregate: What a minibatch's loss is a mean over: "token" (all response tokens alike), "sequence" (tokens within a
             response, then responses), "constant" (tokens over rows times `sampling.max_new_tokens`).
-        objective: "ppo" is the clipped surrogate, "cispo" the clipped importance weight, "reinforce" neither.
+        objective: "ppo" is the clipped surrogate, "cispo" the clipped importance weight, "sapo" a soft gate and "vespo" a soft
+            weight of whole sequences in place of the clip, "reinforce" none of these.
         ratio: Of each "token", or one a "sequence" (GSPO).
         clip_low: The ratio is clipped below 1 - clip_low.
         clip_high: And above 1 + clip_high.
@@ -59,9 +60,11 @@ class Rollout(Policy):
         model: str | nn.Module = "tiny",
         *,
         group: int = 8,
-        advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"] = "grpo",
+        advantage: Literal[
+            "grpo", "lite_ppo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"
+        ] = "grpo",
         aggregate: Aggregate = "sequence",
-        objective: Literal["ppo", "cispo", "reinforce"] = "ppo",
+        objective: Literal["ppo", "cispo", "sapo", "vespo", "reinforce"] = "ppo",
         ratio: Literal["token", "sequence"] = "token",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
@@ -284,6 +287,10 @@ class Rollout(Policy):
         assert x.advantages is not None
         if self.objective == "cispo":
             return objectives.cispo(log_ratio, logps, x.advantages, x.mask, self.cap)
+        if self.objective == "sapo":
+            return objectives.sapo(log_ratio, x.advantages)
+        if self.objective == "vespo":
+            return objectives.vespo(log_ratio, logps, x.advantages, x.mask)
         if self.objective == "reinforce":
             return objectives.Objective(-x.advantages * logps, torch.zeros_like(x.mask))
         return objectives.ppo(log_ratio, x.advantages, self.clip_low, self.clip_high, self.dual_clip)

@@ -104,3 +104,13 @@ def test_whitened_over_tokens(name: str) -> None:
     tokens = ADVANTAGES[name](rewards, group, mask)[mask]
     assert_close(tokens.mean(), tensor(0.0))
     assert_close(tokens.std(), tensor(1.0))
+
+
+def test_lite_ppo_divides_by_the_deviation_of_the_batch() -> None:
+    rewards, group, mask = (
+        tensor([1.0, 0.0, 0.5, 9.0, 7.0, torch.nan]),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+        torch.ones(6, 1),
+    )
+    expected = tensor([0.5, -0.5, 0.0, 1.0, -1.0, 0.0]) / (rewards[:5].std() + 1e-6)
+    assert_close(ADVANTAGES["lite_ppo"](rewards, group, mask)[:, 0], expected)

@@ -19,6 +19,7 @@ from lit_rl.objectives import (
     sapo,
     token_weights,
     truncated_importance,
+    vespo,
 )
 
 
@@ -37,6 +38,7 @@ EVERY = {
     "gspo": lambda lp, old, a, m: ppo(log_ratio(lp, old, m, "sequence"), a, 0.9, 9.0).loss,
     "cispo": lambda lp, old, a, m: cispo(log_ratio(lp, old, m), lp, a, m, 5.0).loss,
     "sapo": lambda lp, old, a, m: sapo(log_ratio(lp, old, m), a).loss,
+    "vespo": lambda lp, old, a, m: vespo(log_ratio(lp, old, m), lp, a, m).loss,
     "gmpo": lambda lp, old, a, m: gmpo(log_ratio(lp, old, m), a, m, 0.4, 0.4).loss,
     "dppo_tv": lambda lp, old, a, m: dppo(log_ratio(lp, old, m), lp, old, a, m, 0.15, 0.15).loss,
     "dppo_kl": lambda lp, old, a, m: dppo(log_ratio(lp, old, m), lp, old, a, m, 0.05, 0.05, "kl").loss,
@@ -82,7 +84,7 @@ def test_garbage_outside_the_mask_touches_nothing(name: str, dtype: torch.dtype,
     assert weights.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "dro"])
+@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "dro"])
 @quick
 @given(st.integers(0, 10**6))
 def test_on_policy_it_is_the_policy_gradient(name: str, seed: int) -> None:
@@ -141,6 +143,16 @@ def test_dual_clip_bounds_the_loss_of_a_bad_action() -> None:
     torch.testing.assert_close(result.loss.detach(), tensor([[6.0, 4.0]]))
     assert result.clipped.tolist() == [[True, False]]
     assert torch.autograd.grad(result.loss.sum(), ratio)[0][0, 0] == 0
+
+
+def test_vespo_weighs_sequences() -> None:
+    """By w^k e^(lambda (1 - w)), w the product of the ratios: here 2 x 3 / 4 and, where A < 0, 3 / 2; even 0 and infinity."""
+    logps, mask = torch.full((4, 3), -1.0, dtype=torch.float64), torch.ones(4, 3)
+    mask[1, 2] = 0
+    ratios = tensor([[2.0, 3.0, 0.25], [3.0, 0.5, 99.0], [1e9] * 3, [1e-9] * 3])
+    result = vespo(log_ratio(logps + ratios.log(), logps, mask), logps, tensor([[2.0], [-2.0], [1.0], [1.0]]), mask)
+    good, bad = 1.5**2 * math.exp(3 * (1 - 1.5)), 1.5**3 * math.exp(2 * (1 - 1.5))
+    assert_close(result.loss, [[2 * good] * 3, [-2 * bad, -2 * bad, 0.0], [0.0] * 3, [0.0] * 3])
 
 
 @pytest.mark.parametrize("divergence", ["tv", "kl"])
