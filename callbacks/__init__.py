@@ -1,7 +1,8 @@
 """Callbacks: monitors that work on any LightningModule, and the tricks of papers on the hooks of a rollout."""
 
 from .completions import Completions
+from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
 from .rollout_stats import RolloutStats
 
-__all__ = ["Completions", "EntropyMonitor", "RolloutStats"]
+__all__ = ["ClipCov", "Completions", "EntropyMonitor", "KLCov", "RolloutStats"]

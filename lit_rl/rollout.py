@@ -59,7 +59,7 @@ class Rollout(Policy):
         model: str | nn.Module = "tiny",
         *,
         group: int = 8,
-        advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"] = "grpo",
+        advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "rft"] = "grpo",
         aggregate: Aggregate = "sequence",
         objective: Literal["ppo", "cispo", "reinforce"] = "ppo",
         ratio: Literal["token", "sequence"] = "token",
