@@ -3,6 +3,7 @@
 from .completions import Completions
 from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
+from .entropy_law import EntropyLaw
 from .rollout_stats import RolloutStats
 
-__all__ = ["ClipCov", "Completions", "EntropyMonitor", "KLCov", "RolloutStats"]
+__all__ = ["ClipCov", "Completions", "EntropyLaw", "EntropyMonitor", "KLCov", "RolloutStats"]

@@ -1,143 +1,16 @@
-"""ClipCov and KLCov: the numbers of the authors' code, and one choice for every split, rank and resumed run."""
+"""ClipCov and KLCov in training: one choice for every split, rank and resumed run. (Their numbers: paper_checks.py.)"""
 
-import json
 import math
-from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callbacks import Log
-from test_objectives import guard
 from test_policy import Gradients, Letters, policy, trainer, weights
 
-from lit_rl import SFT, RLCallback, ranks
+from lit_rl import SFT, RLCallback
 from lit_rl.callbacks import ClipCov, KLCov
-from lit_rl.callbacks.covariance import covariance, penalty
-from lit_rl.objectives import log_ratio, ppo, token_weights
-
-VECTORS = Path(__file__).parent / "vectors"
-
-
-def cases(stem):
-    return [pytest.param(c, id=c["name"]) for c in json.loads((VECTORS / f"{stem}.json").read_text())["cases"]]
-
-
-def tensor(values):
-    return torch.tensor(
-        json.loads(json.dumps(values).replace('"nan"', "NaN").replace('"-inf"', "-Infinity")), dtype=torch.float64
-    )
-
-
-def flat(case):
-    """The valid tokens of a case: mask, and log-probs (with gradient), old log-probs and advantages, (B, T)."""
-    given = {k: tensor(v) for k, v in case["inputs"].items()}
-    mask = given["response_mask"].bool()
-    return mask, given["log_prob"].requires_grad_(), given["old_log_prob"], given["advantages"]
-
-
-def choose(callback, mask, logps, advantages, clipped, draw):
-    """(B, T) bool: what the callback treats, on one rank."""
-    c, n = covariance(logps.detach()[mask], advantages[mask])
-    keys = callback.priority(c, clipped[mask], draw)
-    return torch.zeros_like(mask).masked_scatter(mask, ranks.largest(keys, max(1, int(callback.ratio * n)))), c
-
-
-def check(loss, logps, expected, close=1e-9):
-    assert float(loss.detach()) == pytest.approx(expected["loss"], abs=close)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, logps)[0], tensor(expected["grad_log_prob"]), rtol=0, atol=close
-    )
-
-
-@pytest.mark.parametrize("case", cases("clip_cov"))
-def test_clip_cov_is_the_authors(case):
-    mask, logps, old, advantages = flat(case)
-    p, expected, n = case["params"], case["expected_official"], int(mask.sum())
-    clip = p["clip_ratio_low"], p["clip_ratio_high"]
-    callback = ClipCov(p["clip_cov_ratio"], p["clip_cov_lb"], p["clip_cov_ub"])
-    ratio = log_ratio(logps, old, mask)
-    clipped = ppo(ratio, advantages, *clip).clipped
-    drawn = torch.zeros(mask.shape, dtype=torch.float64)  # the authors' random choice
-    for row, column in expected["selected"]:
-        drawn[row, column] = 1
-    selected, c = choose(callback, mask, logps, advantages, clipped, lambda: drawn[mask])
-    want = tensor(expected["cov"])
-    keep = want[mask] > -math.inf  # -inf: clipped already
-    assert torch.equal(keep, ~clipped[mask])
-    torch.testing.assert_close(c[keep], want[mask][keep], rtol=0, atol=3e-8)  # they divide by n + 1e-8
-    assert selected.nonzero().tolist() == expected["selected"]
-    candidates = choose(
-        ClipCov(1.0, callback.low, callback.high), mask, logps, advantages, clipped, lambda: drawn[mask]
-    )
-    assert candidates[0].nonzero().tolist() == expected["candidates"]
-
-    loss = ppo(ratio, advantages.masked_fill(selected, 0.0), *clip).loss  # what `treat` does
-    check((loss * token_weights(mask.double(), "token")).sum() * n / (n + 1e-8), logps, expected)
-
-
-@pytest.mark.parametrize("case", cases("kl_cov"))
-def test_kl_cov_is_the_authors(case):
-    mask, logps, old, advantages = flat(case)
-    p, n = case["params"], int(mask.sum())
-    callback = KLCov(p["k_fraction"], p["ppo_kl_coef"])
-    callback._updates = 1
-    selected, c = choose(callback, mask, logps, advantages, torch.zeros_like(mask), None)
-    if not advantages.any():
-        assert not c.any()  # all tie, and the authors choose some; a row without advantage never gets here
-        return
-    loss = ppo(log_ratio(logps, old, mask), advantages, 1.0, math.inf).loss  # as the recipe: no clip
-    loss = loss + callback.coef * penalty(logps, old, mask, selected)
-    expected = case["expected_official"]
-    if "selected" in expected:
-        assert selected.nonzero().tolist() == sorted(expected["selected"])
-    if p["loss_agg_mode"] == "token-mean":
-        check((loss * token_weights(mask.double(), "token")).sum() * n / (n + 1e-8), logps, expected)
-    else:  # the authors' mean over rows is NaN where one is empty; verl's is not
-        weights = token_weights(mask.double(), "sequence") * guard(mask.double())
-        check((loss * weights).sum(), logps, case["expected_verl_0_9_1"])
-
-
-def test_the_hand_example():
-    given = json.loads((VECTORS / "hand_examples.json").read_text())
-    logps, old, advantages = (tensor(given["kl_cov"][k]) for k in ("log_prob", "old", "adv"))
-    mask = torch.ones_like(logps, dtype=torch.bool)
-    logps.requires_grad_()
-    kl = KLCov(0.25)
-    kl._updates = 1
-    selected, c = choose(kl, mask, logps, advantages, ~mask, None)
-    torch.testing.assert_close(c, tensor(given["kl_cov"]["token_cov"]).flatten())
-    loss = ppo(log_ratio(logps, old, mask), advantages, 1.0, math.inf).loss + penalty(logps, old, mask, selected)
-    torch.testing.assert_close(loss.detach(), tensor(given["kl_cov"]["per_token_loss"]), rtol=0, atol=1e-9)
-    selected, _ = choose(ClipCov(0.25, 0.5, 5.0), mask, logps, advantages, ~mask, lambda: torch.zeros(4))
-    want = given["clip_cov"]
-    loss = (
-        ppo(log_ratio(logps, old, mask), advantages.masked_fill(selected, 0.0), 1.0, 1.0).loss.mean() * 4 / (4 + 1e-8)
-    )
-    check(loss, logps, {"loss": want["loss"], "grad_log_prob": want["grad"]})
-
-
-@pytest.mark.parametrize("case", cases("entropy_dynamics"))
-def test_covariance_is_the_first_order_change_of_entropy(case):
-    want = case["expected"]
-    if "log_prob" in case:
-        mask = tensor(case["response_mask"]).bool()
-        c, _ = covariance(tensor(case["log_prob"])[mask], tensor(case["advantages"])[mask])
-        torch.testing.assert_close(c, tensor(want["token_cov"])[mask], rtol=0, atol=1e-9)
-        assert float(c.mean()) == pytest.approx(want["cov_population"], abs=1e-9)
-        return
-    # theorem 2 at a softmax: every action drawn as often as its probability says, to 1e-5
-    logits, advantages = tensor(case["logits"]), tensor(case["advantage_centered"])
-    draws = (logits.softmax(0) * 10**6).round().long()
-    c, _ = covariance(logits.log_softmax(0).repeat_interleave(draws), advantages.repeat_interleave(draws))
-    assert -case["eta"] * float(c.mean()) == pytest.approx(want["pred_dH_npg"], rel=1e-3)
-    after = (logits + case["eta"] * advantages).log_softmax(0)
-    change = -(after.exp() * after).sum() - want["entropy"]
-    assert -case["eta"] * float(c.mean()) == pytest.approx(float(change), rel=2e-3)
-
-
-# ------------------------------------------------------------------------------------------------- in a training run
 
 SETTINGS = dict(epochs=2, minibatches=2, clip_low=1.0, clip_high=1.0, aggregate="token")
 CALLBACKS = {
