@@ -1,7 +1,9 @@
 """Callbacks: monitors that work on any LightningModule, and the tricks of papers on the hooks of a rollout."""
 
 from .completions import Completions
+from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
+from .entropy_law import EntropyLaw
 from .rollout_stats import RolloutStats
 
-__all__ = ["Completions", "EntropyMonitor", "RolloutStats"]
+__all__ = ["ClipCov", "Completions", "EntropyLaw", "EntropyMonitor", "KLCov", "RolloutStats"]

@@ -33,6 +33,8 @@ _PUBLIC = {
     "ReinforcePPBaseline": "methods.reinforce_pp",
     "GSPO": "methods.gspo",
     "CISPO": "methods.cispo",
+    "NFT": "methods.nft",
+    "RFT": "methods.nft",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -113,6 +113,11 @@ def opo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = Non
     return _spread(_centre(rewards, group, _valid(rewards, valid), length)[0], mask)
 
 
+def rft(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+    """RFT, or rejection sampling: A = 1 where R is above the group's mean, else 0 (compared with in arXiv 2505.18116)."""
+    return (dr_grpo(rewards, group, mask, valid) > 0).to(rewards.dtype)
+
+
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (grpo, lite_ppo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, opo)
+    f.__name__: f for f in (grpo, lite_ppo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, opo, rft)
 }

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from html import escape
 from itertools import groupby, pairwise
 from typing import Any
 
+from lit_rl.entropy_law import FEWEST, FIRST, fit
+
 Points = list[tuple[float, float]]
 """(step, value), in order of steps; a value may be NaN or infinite."""
+Scale = Callable[[float], float]
 MAIN = {  # title: (names as a regular expression, y axis, how to get them)
     "Reward": (r"reward", "mean of a step", "Methods of reinforcement learning log it; SFT has none."),
     "Validation": (r"val/(pass|maj)@\d+", "share of tasks", "Set the Trainer's val_check_interval."),
@@ -85,6 +90,7 @@ def charts(curves: dict[str, Points]) -> str:
         take(pattern, unit, title) or f"<figure><figcaption>{title}</figcaption>{missing('values', how)}</figure>"
         for title, (pattern, unit, how) in MAIN.items()
     ]
+    main.append(law(curves))
     groups = {title: [take(*chart) for chart in group.items()] for title, group in FURTHER.items()}
     groups["Everything else"] = [take(re.escape(name), "", name) for name in list(left)]
     note = f"Over {SMOOTH_FROM} steps, the pale line is each step; the strong one, whose numbers are given, is their"
@@ -99,6 +105,65 @@ def charts(curves: dict[str, Points]) -> str:
 def figure(title: str, unit: str, curves: dict[str, Points], first: float, end: float) -> str:
     """One chart with its legend."""
     values = [v for points in curves.values() for v in finite(points)]
+    svg, x, y = axes("step", first, end, values, smallest=1.0)
+    folder = min((name.rpartition("/")[0] for name in curves), key=len) + "/"
+    lines, legend = {}, []
+    for i, (name, points) in enumerate(curves.items()):
+        label, look = name.removeprefix(folder), f'class="d{i // 8 % 3}" style="--c:var(--c{i % 8})"'
+        line = lines[label] = smooth(points) if len(points) > SMOOTH_FROM else points
+        drawn = polylines([(x(s), y(v)) for s, v in thin(line)])
+        if line is points:
+            drawn += dots(points, x, y, 3)
+        elif len(curves) <= 4:
+            drawn = polylines([(x(s), y(v)) for s, v in thin(points)], "raw") + drawn
+        svg.append(f"<g {look}>{drawn}</g>")
+        legend.append(entry(look, f"{escape(label)}, last {show(line[-1][1])}"))
+    lost = sum(map(len, curves.values())) - len(values)
+    warn = f'<p class="dim wrong">Not drawn: {lost} NaN or infinite.</p>' if lost else ""
+    return frame(title, unit, "step", "".join(svg) + tooltips(lines, x), legend, warn)
+
+
+def law(curves: dict[str, Points]) -> str:
+    """Reward against entropy with the fitted curve, and the forecast of the first steps; validation where it has enough."""
+    rewards = {name: pair(curves.get("entropy", []), curves.get(name, [])) for name in ("val/pass@1", "reward")}
+    name = next((name for name, points in rewards.items() if len(points) >= FEWEST), "reward")
+    points = rewards[name]
+    try:
+        fits = {"fit of all": fit(points)}
+    except ValueError as error:
+        return f"<figure><figcaption>Entropy law</figcaption>{missing('fit', f'{error}.'.capitalize())}</figure>"
+    if len(points) >= 2 * FIRST:
+        with suppress(ValueError):
+            fits[f"fit of the first {FIRST}"] = fit(points[:FIRST])
+    whole, hs = fits["fit of all"], [0.0, *(h for h, _ in points)]
+    first, end = min(hs), max(hs)
+    svg, x, y = axes("entropy", first, end, [*(r for _, r in points), whole.ceiling, whole(end)])
+    svg += [f'<g style="--c:var(--c7)">{dots(thin(sorted(points)), x, y, 2)}</g>']
+    legend = []
+    for i, (label, found) in enumerate(fits.items()):
+        look = f'class="d{i}" style="--c:var(--c{i})"'
+        line = [(x(h), y(found(h))) for h in (first + (end - first) * k / 60 for k in range(61))]
+        svg.append(f"<g {look}>{polylines([(a, b if TOP <= b <= BOTTOM else math.nan) for a, b in line])}</g>")
+        ceiling = f"ceiling {show(found.ceiling)} ± {show(found.interval(0.0))}"
+        legend.append(entry(look, f"{label}: {show(-found.a)} e<sup>H</sup> + {show(found.b)}, {ceiling}"))
+    h, r = points[-1]
+    said = [f"at the last entropy, {show(f(h))} ± {show(f.interval(h, new=True))}" for f in list(fits.values())[1:]]
+    note = f'<p class="dim">The first {FIRST} predict {said[0]}; it was {show(r)}.</p>' if said else ""
+    return frame("Entropy law", f"{escape(name)}, by nats a token", "entropy", "".join(svg), legend, note)
+
+
+def pair(entropy: Points, reward: Points) -> Points:
+    """(entropy, reward) of each step that has both, or a reward and an entropy before it."""
+    steps = [step for step, _ in entropy]
+    found = [(bisect(steps, step), value) for step, value in reward]
+    pairs = [(entropy[i - 1][1], value) for i, value in found if i]
+    return [(h, r) for h, r in pairs if math.isfinite(h + r)]
+
+
+def axes(
+    label: str, first: float, end: float, values: list[float], smallest: float = 0.0
+) -> tuple[list[str], Scale, Scale]:
+    """Grid and labels, and the scales from numbers to pixels. The y axis holds zero and all finite values."""
     low, high = min([0.0, *values]), max([0.0, *values])
     grid = ticks(low, high if high > low else 1.0)
 
@@ -108,32 +173,30 @@ def figure(title: str, unit: str, curves: dict[str, Points], first: float, end: 
     def y(value: float) -> float:
         return round(BOTTOM - (value - grid[0]) / (grid[-1] - grid[0]) * (BOTTOM - TOP), 1)
 
-    svg = [f'<text text-anchor="end" x="{RIGHT}" y="{HEIGHT - 2}">step</text>']
+    svg = [f'<text text-anchor="end" x="{RIGHT}" y="{HEIGHT - 2}">{label}</text>']
     for v in grid:
         svg.append(f'<line class="{"" if v else "zero"}" x1="{LEFT}" x2="{RIGHT}" y1="{y(v)}" y2="{y(v)}"/>')
         svg.append(f'<text class="y" text-anchor="end" x="{LEFT - 7}" y="{y(v) + 4:.1f}">{show(v, ".6g")}</text>')
-    for s in (s for s in ticks(first, end, smallest=1.0) if first <= s <= end):
+    for s in (s for s in ticks(first, end, smallest) if first <= s <= end):
         svg.append(f'<text class="x" text-anchor="middle" x="{x(s)}" y="{BOTTOM + 17}">{show(s, ".6g")}</text>')
-    folder = min((name.rpartition("/")[0] for name in curves), key=len) + "/"
-    lines, legend = {}, []
-    for i, (name, points) in enumerate(curves.items()):
-        label, look = name.removeprefix(folder), f'class="d{i // 8 % 3}" style="--c:var(--c{i % 8})"'
-        line = lines[label] = smooth(points) if len(points) > SMOOTH_FROM else points
-        drawn = polylines([(x(s), y(v)) for s, v in thin(line)])
-        if line is points:
-            drawn += "".join(f'<circle cx="{x(s)}" cy="{y(v)}" r="3"/>' for s, v in points if math.isfinite(v))
-        elif len(curves) <= 4:
-            drawn = polylines([(x(s), y(v)) for s, v in thin(points)], "raw") + drawn
-        svg.append(f"<g {look}>{drawn}</g>")
-        key = f'<svg viewBox="0 0 22 8" aria-hidden="true"><g {look}><path d="M1,4H21"/></g></svg>'
-        legend.append(f"<li>{key} {escape(label)}, last {show(line[-1][1])}</li>")
-    lost = sum(map(len, curves.values())) - len(values)
-    warn = f'<p class="dim wrong">Not drawn: {lost} NaN or infinite.</p>' if lost else ""
+    return svg, x, y
+
+
+def entry(look: str, text: str) -> str:
+    """One of a legend."""
+    return f'<li><svg viewBox="0 0 22 8" aria-hidden="true"><g {look}><path d="M1,4H21"/></g></svg> {text}</li>'
+
+
+def frame(title: str, unit: str, by: str, svg: str, legend: list[str], note: str) -> str:
     return (
         f'<figure><figcaption>{escape(title)} <span class="dim">{unit}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step">{"".join(svg)}'
-        f"{tooltips(lines, x)}</svg><ul>{''.join(legend)}</ul>{warn}</figure>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {by}">{svg}</svg>'
+        f"<ul>{''.join(legend)}</ul>{note}</figure>"
     )
+
+
+def dots(points: Points, x: Scale, y: Scale, radius: int) -> str:
+    return "".join(f'<circle cx="{x(a)}" cy="{y(b)}" r="{radius}"/>' for a, b in points if math.isfinite(b))
 
 
 def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
@@ -169,7 +232,7 @@ def polylines(pixels: Points, look: str = "line") -> str:
     return "".join(f'<polyline class="{look}" points="{text}"/>' for text in texts)
 
 
-def tooltips(lines: dict[str, Points], x: Callable[[float], float]) -> str:
+def tooltips(lines: dict[str, Points], x: Scale) -> str:
     """Strips that show the numbers under the pointer, without a script."""
     values = {label: dict(line) for label, line in lines.items()}
     steps = sorted({step for line in values.values() for step in line})

@@ -12,7 +12,7 @@ import lightning.pytorch as L
 if TYPE_CHECKING:
     from lit_rl.experience import Experience, Terms
 
-HOOKS = ("on_rollout", "on_advantage", "on_loss")
+HOOKS = ("on_rollout", "on_advantage", "on_minibatch", "on_loss")
 
 
 class RLCallback(L.Callback):
@@ -26,6 +26,10 @@ class RLCallback(L.Callback):
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
         """Advantages are known: reshape them."""
+
+    def on_minibatch(self, trainer: L.Trainer, policy: L.LightningModule, slices: list[Experience]) -> None:
+        """Before each optimizer step: all of its slices on this rank. What is set on them holds for that step alone; set
+        fields, change no tensor in place. Called on all ranks, as often on each."""
 
     def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
         """The per-token terms of one slice: change the weights or add to the loss. Called once a slice."""

@@ -158,6 +158,26 @@ def dro(log_ratio: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor, beta
     return Objective(loss, torch.zeros_like(loss, dtype=torch.bool))
 
 
+def nft(log_ratio: Tensor, advantages: Tensor, rate: Tensor, epsilon: float) -> Objective:
+    """NFT: a right answer is imitated, a wrong one is unlearned through the policy that would have given it (2505.18116).
+
+    With the prompt's pass rate q, (N,), kept within [0.02, 0.98], and log r at most 10:
+
+    A > 0: L = -A log r
+    A < 0: L = -|A| (1 - q) / q log max_v((1 - q r) / (1 - q), epsilon),  max_v(x, e) = x + sg[max(x, e) - x]
+
+    (1 - q r) / (1 - q) is the ratio of the implicit negative policy, whose mixture with the positive one is the old policy;
+    max_v bounds its value and keeps its gradient. On-policy the gradient is the policy gradient -A.
+    """
+    clipped, log_ratio = log_ratio > 10.0, log_ratio.clamp(max=10.0)
+    rate = rate.clamp(0.02, 0.98)[:, None]  # (N, 1)
+    negative = (1 - rate * log_ratio.exp()) / (1 - rate)
+    bounded = negative.detach().clamp(min=epsilon)
+    log_negative = bounded.log() + (negative - negative.detach()) / bounded
+    unlearn = advantages * (1 - rate) / rate * log_negative
+    return Objective(torch.where(advantages < 0, unlearn, -advantages * log_ratio), clipped)
+
+
 def kl(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: Literal["k1", "k2", "k3", "k3+"] = "k3") -> Tensor:
     """Estimates of KL(policy || reference) at each token, with d = ref - logp (Schulman, kl-approx). -> (N, T)
 

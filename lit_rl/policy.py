@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_rl import models
+from lit_rl import hooks, models
 from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
@@ -191,6 +192,8 @@ class Policy(Actor):
         minibatches = [m for _ in range(self.epochs) for m in self._plan if m]
         self.count("skipped/no_signal", float(not minibatches))
         for slices in minibatches:
+            slices = [replace(part, extra=dict(part.extra)) for part in slices]  # a hook's changes end with the step
+            hooks.call(self.trainer, "on_minibatch", slices)
             step = partial(self._accumulate, slices, optimizer, optimizer_closure)
             super().optimizer_step(epoch, batch_idx, optimizer, step)
         if not minibatches:  # Lightning wants its closure run; the weights stay as they are

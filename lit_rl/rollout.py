@@ -61,7 +61,7 @@ class Rollout(Policy):
         *,
         group: int = 8,
         advantage: Literal[
-            "grpo", "lite_ppo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"
+            "grpo", "lite_ppo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "rft"
         ] = "grpo",
         aggregate: Aggregate = "sequence",
         objective: Literal["ppo", "cispo", "sapo", "vespo", "reinforce"] = "ppo",
