@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Protocol
 
 import lightning.pytorch as L
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_rl.checks import require
 from lit_rl.task import Task
@@ -21,22 +21,26 @@ class Tasks(Protocol):
     def __getitem__(self, index: int) -> Task: ...
 
 
-class Shuffled(Sampler[int]):
-    """A permutation for each epoch, from (seed, epoch) alone; Lightning sets the epoch."""
+class Turns(DistributedSampler[int]):
+    """The items of one rank: the ranks take turns in one order, so that their batches together are those of one process.
 
-    def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+    shuffle: whether that order is a permutation for each epoch, from (seed, epoch) alone; Lightning sets the epoch.
+    even: whether all ranks get the same number of items, the last few being left out; else each item counts once.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, size: int, ranks: int = 1, rank: int = 0, shuffle: bool = False, even: bool = True) -> None:
+        super().__init__(range(size), ranks, rank, shuffle)  # type: ignore[arg-type]
+        self.items = size // ranks * ranks if even or not size else max(size, ranks)  # no rank evaluates nothing
 
     def __len__(self) -> int:
-        return self.size
+        return len(range(self.rank, self.items, self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(self.size))
-        Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        return iter(order)
+        order: Any = self.dataset
+        if self.shuffle:
+            order = list(order)
+            Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return (order[i % len(order)] for i in range(self.rank, self.items, self.num_replicas))
 
 
 class ResumableLoader(DataLoader[Task]):
@@ -91,16 +95,22 @@ class TaskData(L.LightningDataModule):
         return ResumableLoader(
             tasks,
             batch_size=self.batch_size,
-            sampler=Shuffled(len(tasks)) if self.shuffle else None,
+            sampler=self._sampler(tasks, shuffle=self.shuffle),
             drop_last=True,
             epoch_batches=lambda: self.trainer.num_training_batches if self.trainer else math.inf,
         )
 
     def val_dataloader(self) -> DataLoader[Task]:
-        return ResumableLoader(self.tasks("validation"), batch_size=self.eval_batch_size)
+        tasks = self.tasks("validation")
+        return ResumableLoader(tasks, batch_size=self.eval_batch_size, sampler=self._sampler(tasks, even=False))
 
     def test_dataloader(self) -> DataLoader[Task]:
-        return ResumableLoader(self.tasks("test"), batch_size=self.eval_batch_size)
+        tasks = self.tasks("test")
+        return ResumableLoader(tasks, batch_size=self.eval_batch_size, sampler=self._sampler(tasks, even=False))
+
+    def _sampler(self, tasks: Any, **kwargs: bool) -> Turns | None:
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return Turns(len(tasks), world_size, rank, **kwargs) if kwargs.get("shuffle") or world_size > 1 else None
 
     def predict_dataloader(self) -> DataLoader[Task]:
         return self.test_dataloader()

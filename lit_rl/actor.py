@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import jsonl, models, run
+from lit_rl import jsonl, models, ranks, run, sharding
 from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
@@ -120,14 +120,20 @@ class Actor(L.LightningModule):
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def seeds(self, tasks: list[Task], samples: int, purpose: str) -> list[list[int]]:
-        """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a step are told apart by order."""
-        step = self.trainer.global_step if purpose == "train" and self._trainer is not None else 0
-        seen = self._copies if purpose == "train" else {}
+        """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a step, on whatever rank, are told
+        apart by order."""
+        train = purpose == "train" and self._trainer is not None
+        step = self.trainer.global_step if train else 0
+        seen = self._copies if train else {}
+        keys = [task.key() for task in tasks]
         result = []
-        for task in tasks:
-            copy = seen[task.key()] = seen.get(task.key(), -1) + 1
-            keys = (f"{self.seed_value}\0{purpose}\0{step}\0{task.key()}\0{copy}\0{i}" for i in range(samples))
-            result.append([int.from_bytes(blake2b(k.encode(), digest_size=8).digest(), "big") >> 1 for k in keys])
+        for rank, part in enumerate(ranks.gather(keys) if train else [keys]):
+            for key in part:
+                copy = seen[key] = seen.get(key, -1) + 1
+                if not train or rank == self.global_rank:
+                    names = (f"{self.seed_value}\0{purpose}\0{step}\0{key}\0{copy}\0{i}" for i in range(samples))
+                    digests = (blake2b(name.encode(), digest_size=8).digest() for name in names)
+                    result.append([int.from_bytes(digest, "big") >> 1 for digest in digests])
         return result
 
     def respond(
@@ -161,6 +167,7 @@ class Actor(L.LightningModule):
         return verdicts
 
     def count(self, name: str, value: float = 1.0) -> None:
+        """Adds to a count of this training step, which is logged as the sum over ranks."""
         self.counts[name] = self.counts.get(name, 0.0) + value
 
     @contextmanager
@@ -173,7 +180,14 @@ class Actor(L.LightningModule):
         """The Trainer's forward context (autocast), for passes outside training_step."""
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
 
+    def configure_model(self) -> None:
+        """Shards the language models that this module holds, when the strategy is one that shards."""
+        if self._trainer is not None and self.device_mesh is not None:
+            for child in self.children():
+                sharding.shard(child, self.device_mesh["data_parallel"])
+
     def setup(self, stage: str) -> None:
+        sharding.refuse_unsupported(self.trainer.strategy)
         message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
         warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 
@@ -193,6 +207,14 @@ class Actor(L.LightningModule):
         verdicts = self.score(kept, completions)
         for task, group, judged in zip(kept, completions, verdicts, strict=True):
             self.evaluation.update(task.family or "all", judged, [len(c.tokens) for c in group])
+
+    def on_validation_start(self) -> None:
+        sharding.gather(self.model)  # once for all batches: ranks may have different numbers of them
+
+    def on_validation_end(self) -> None:
+        sharding.release(self.model)
+
+    on_test_start, on_test_end, on_predict_end = on_validation_start, on_validation_end, on_validation_end
 
     def validation_step(self, batch: list[Task], batch_idx: int) -> None:
         self.evaluate(batch)
@@ -226,6 +248,7 @@ class Actor(L.LightningModule):
         ]
 
     def on_predict_start(self) -> None:
+        sharding.gather(self.model)
         self._predictions = run.folder(self.trainer) / run.by_rank(run.PREDICTIONS, self.global_rank)
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -235,27 +258,53 @@ class Actor(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {
             "model": models.checkpoint_state(self.model, self.tokenizer),
-            "generator": self.generator.state_dict(),
+            "ranks": ranks.gather({"generator": self.generator.state_dict()} | self._rank_state(checkpoint)),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.generator.load_state_dict(checkpoint.get("lit_rl", {}).get("generator", {}))
+        states = checkpoint.get("lit_rl", {}).get("ranks", [])
+        if len(states) == self.trainer.world_size:
+            state = states[self.global_rank]
+            self.generator.load_state_dict(state["generator"])
+            checkpoint.update(self._rank_state(state))
+        elif self.trainer.training:
+            rank_zero_warn(
+                f"the checkpoint is of {len(states)} ranks, and this run has {self.trainer.world_size}: weights and optimiser"
+                " are restored, but not what each rank keeps of its own, such as its place in the data"
+            )
+
+    def _rank_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What Lightning saves of rank 0 alone, and may be another on each rank."""
+        data = getattr(self.trainer, "datamodule", None)
+        keys = ("callbacks", "loops", type(data).__qualname__)
+        return {key: checkpoint[key] for key in keys if key in checkpoint}
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Writes a Hugging Face folder that transformers and vLLM load."""
-        models.export(self.model, self.tokenizer, folder, overwrite=overwrite)
+        """Writes a Hugging Face folder that transformers and vLLM load. To be called on all ranks; rank 0 writes."""
+        model = self.model
+        if sharding.is_sharded(model):
+            weights = sharding.whole_state(model)
+            if self.global_rank == 0:
+                model, _ = models.from_checkpoint_state(models.checkpoint_state(model, self.tokenizer))
+                model.load_state_dict(weights)
+        if self.global_rank == 0:
+            models.export(model, self.tokenizer, folder, overwrite=overwrite)
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: bool = False) -> None:
     """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else."""
     path = Path(checkpoint)
-    if not path.is_file():
+    file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
+    if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(file, map_location="cpu", weights_only=True)
     if "lit_rl" not in content:
         raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
     model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-    )
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if path.is_dir():
+        sharding.load_shards(weights, path)
+    else:
+        weights = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")}
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     models.export(model, tokenizer, folder, overwrite=overwrite)

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lit_rl import ranks
+
 
 def _per_group(x: Tensor, group: Tensor, reduce: str) -> Tensor:
     """Reduce x over each group and hand every row its group's result. (N,), (N,) -> (N,)"""
@@ -52,12 +54,13 @@ def _centre(rewards: Tensor, group: Tensor, valid: Tensor, weight: Tensor | None
 
 
 def _whiten(values: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
-    """Mean 0 and variance 1 (ddof=1, 1e-8 under the root) over all valid tokens. (N,) -> (N, T)"""
+    """Mean 0 and variance 1 (ddof=1, 1e-8 under the root) over all valid tokens of all ranks. (N,) -> (N, T)"""
     weight = mask.sum(-1).to(values.dtype) * valid
-    centred = values - group_mean(values, torch.zeros_like(values, dtype=torch.long), weight)
-    centred = torch.where(valid, centred, 0.0)
-    variance = (weight * centred**2).sum() / (weight.sum() - 1).clamp(min=1)
-    return _spread(centred * (variance + 1e-8).rsqrt(), mask)
+    values = torch.where(valid, values, 0.0)
+    everyone, weights = torch.cat(ranks.gather(torch.stack([values, weight])), 1)  # of all ranks
+    mean = group_mean(everyone, torch.zeros_like(everyone, dtype=torch.long), weights)[:1]
+    variance = (weights * (everyone - mean) ** 2).sum() / (weights.sum() - 1).clamp(min=1)
+    return _spread(torch.where(valid, values - mean, 0.0) * (variance + 1e-8).rsqrt(), mask)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -96,13 +99,14 @@ def rloo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = No
 
 
 def reinforce_pp(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
-    """REINFORCE++: A = R, whitened over all tokens of the batch (of each rank's own); the groups
-    play no part (arXiv 2501.03262)."""
+    """REINFORCE++: A = R, whitened over all tokens of the batch, that of all ranks (which must all call this); the
+    groups play no part (arXiv 2501.03262)."""
     return _whiten(rewards, mask, _valid(rewards, valid))
 
 
 def reinforce_pp_baseline(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
-    """REINFORCE++-baseline: A = R - mean within the group, then whitened over all tokens (arXiv 2501.03262)."""
+    """REINFORCE++-baseline: A = R - mean within the group, then whitened over all tokens as in REINFORCE++ (arXiv
+    2501.03262)."""
     valid = _valid(rewards, valid)
     return _whiten(_centre(rewards, group, valid)[0], mask, valid)
 

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import lit_rl.callbacks
 import lit_rl.datamodules
-from lit_rl import jsonl, methods, run
+from lit_rl import jsonl, methods, ranks, run
 from lit_rl.commands import COMMANDS, recipe_paths
 from lit_rl.run import RunLogger
 
@@ -79,7 +79,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run.folder(trainer)
         if stage == "fit" and isinstance(trainer.logger, RunLogger) and self.config.get("ckpt_path") is None:
-            run.refuse_other_run(folder / "config.yaml")
+            run.refuse_other_run(folder / "config.yaml", trainer)
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
@@ -105,6 +105,10 @@ class CLI(LightningCLI):
         if config.trainer.fast_dev_run or (config.run is None and config.trainer.logger not in (None, True)):
             return
         if config.trainer.logger in (None, True):
+            if config.run is None and config.trainer.num_nodes > 1:
+                sys.exit(
+                    "lit-rl: on several machines the run's folder must have a name: give all of them the same --run"
+                )
             chosen = (
                 os.environ.get(RUN_VARIABLE)
                 or config.run
@@ -149,9 +153,10 @@ def resolve(argv: list[str]) -> list[str]:
 def run_cli(argv: list[str]) -> CLI:
     """Parses and runs a resolved command line."""
     sys.argv[1:] = argv  # launchers of further processes repeat it
-    chosen_before = os.environ.get(RUN_VARIABLE)
+    before = {name: os.environ.get(name) for name in (RUN_VARIABLE, ranks.LAUNCHER_VARIABLE)}
+    ranks.end_with_launcher()
     try:
-        return CLI(
+        cli = CLI(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
@@ -164,6 +169,9 @@ def run_cli(argv: list[str]) -> CLI:
                 "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
             },
         )
+        ranks.join(cli.trainer)
+        return cli
     finally:
-        if chosen_before is None:
-            os.environ.pop(RUN_VARIABLE, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)

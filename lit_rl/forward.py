@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_rl import ops
+from lit_rl import ops, sharding
 from lit_rl.experience import Experience, build
 from lit_rl.models import context_length
 
@@ -84,11 +84,7 @@ class Forward:
     def __call__(self, x: Experience, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(N, T) float32 log-probabilities of the response tokens under softmax(logits / temperature), less what
         truncation kept, and the entropies of those softmaxes. Zero off the mask."""
-        if self._fused is None:
-            with torch.autocast(x.tokens.device.type, enabled=False):
-                self._check(x.tokens.device)
-            for note in self.notes:
-                rank_zero_warn(f"{type(self.model).__name__} trains correctly, but slower than it could: {note}")
+        self.check(x.tokens.device)
         layout = shared_layout(x) if self._shared and self._worth_sharing(x) else rows_layout(x)
         logps, entropy = self._run(layout, x.tokens[x.mask], temperature, bool(self._fused))
         spread = torch.zeros(x.tokens.shape, dtype=torch.float32, device=x.tokens.device)
@@ -102,9 +98,12 @@ class Forward:
         if not fused:
             logits = self.model(**call).logits.flatten(0, 1)[layout.source]
             return ops.logits_logprob(logits, targets, temperature)
-        hidden = self.model.base_model(**call).last_hidden_state.flatten(0, 1)[layout.source]  # (M, D)
-        head = self.model.get_output_embeddings()
-        return ops.linear_logprob(hidden, head.weight, targets, temperature)
+
+        def from_hidden() -> tuple[Tensor, Tensor]:
+            hidden = self.model.base_model(**call).last_hidden_state.flatten(0, 1)[layout.source]  # (M, D)
+            return ops.linear_logprob(hidden, self.model.get_output_embeddings().weight, targets, temperature)
+
+        return sharding.run_as_forward(self.model, from_hidden)
 
     def _worth_sharing(self, x: Experience) -> bool:
         """Fewer operations as one sequence a group? Linear layers count tokens, attention counts pairs of them."""
@@ -118,6 +117,14 @@ class Forward:
             return batch * length * (12 * width + 2 * causal * length)
 
         return longest_pack <= LONGEST_PACK and cost(len(groups), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
+
+    def check(self, device: torch.device) -> None:
+        """What is done at first use. When ranks may differ in it, call this on all of them, where the model is whole."""
+        if self._fused is None:
+            with torch.autocast(device.type, enabled=False):
+                self._check(device)
+            for note in self.notes:
+                rank_zero_warn(f"{type(self.model).__name__} trains correctly, but slower than it could: {note}")
 
     @torch.no_grad()
     def _check(self, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_rl import hooks, models
+from lit_rl import hooks, models, ranks, sharding
 from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
@@ -75,6 +75,8 @@ class Policy(Actor):
             self.model.gradient_checkpointing_enable()
         self.token_terms = Forward(self.model)
         self._plan: list[list[Experience]] = []
+        self._places: dict[int, tuple[int, int]] = {}
+        """Where each task stands in the batch, by its id: the round in which it was asked for, and its position there."""
         self._slice: Experience | None = None
         self._loss = 0.0
 
@@ -105,11 +107,6 @@ class Policy(Actor):
         return x
 
     def on_fit_start(self) -> None:
-        strategy = type(self.trainer.strategy).__name__
-        if strategy.startswith(("FSDP", "ModelParallel", "DeepSpeed")):
-            raise ValueError(
-                f"{strategy} is not supported: each rank samples by itself and needs all weights. Use ddp."
-            )
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: a policy accumulates by itself. Leave it"
@@ -122,7 +119,10 @@ class Policy(Actor):
                 f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
             )
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
-        self._plan = self.plan(self.collect(batch))
+        self._places = {id(task): (0, i) for i, task in enumerate(batch)}
+        with sharding.gathered(self.model):
+            self.token_terms.check(self.device)
+            self._plan = self.plan(self.collect(batch))
         self._loss = 0.0
 
     def plan(self, x: Experience) -> list[list[Experience]]:
@@ -131,7 +131,10 @@ class Policy(Actor):
         if len(x):
             x.weights = torch.zeros_like(x.mask, dtype=torch.float32)
         minibatches = []
-        for groups in torch.arange(len(x.tasks)).tensor_split(self.minibatches):
+        mine = torch.tensor(self.owners(x), dtype=torch.long) == self.global_rank
+        group = mine.cumsum(0) - 1  # at the places of this rank's groups
+        for part in torch.arange(len(mine)).tensor_split(self.minibatches):
+            groups = group[part][mine[part]]
             rows = torch.isin(x.group, groups).nonzero().flatten()
             mask = x.mask[rows] & x.valid[rows, None]
             total = float(mask.sum()) if self.aggregate == "token" else float(mask.any(1).sum())
@@ -141,10 +144,18 @@ class Policy(Actor):
                 x.weights[rows] = token_weights(mask, self.aggregate, self.sampling.max_new_tokens).float() * share
                 rows = rows[self.has_gradient(x)[rows]]
             slices = self.slices(x, rows)
-            if self.sum_over_ranks(len(slices)) and not slices:
-                slices = [self._idle_slice()]  # other ranks have rows: this one must take part in their backward
             minibatches.append(slices)
+        most = map(max, zip(*ranks.gather([len(slices) for slices in minibatches]), strict=True))
+        for slices, count in zip(
+            minibatches, most, strict=True
+        ):  # a sharded model's forward and backward need all ranks
+            slices += [self._idle_slice() for _ in range(count - len(slices))]
         return minibatches
+
+    def owners(self, x: Experience) -> list[int]:
+        """The rank of each group of the batch of all ranks, in the order that the groups have in one process."""
+        mine = [(*self._places.get(id(task), (0, i)), self.global_rank) for i, task in enumerate(x.tasks)]
+        return [rank for *_, rank in sorted(place for part in ranks.gather(mine) for place in part)]
 
     def has_gradient(self, x: Experience) -> Tensor:
         """(N,) bool: the rows that the loss depends on."""
@@ -190,7 +201,8 @@ class Policy(Actor):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One Trainer step is one experience, however many optimizer steps it affords."""
         minibatches = [m for _ in range(self.epochs) for m in self._plan if m]
-        self.count("skipped/no_signal", float(not minibatches))
+        if self.trainer.is_global_zero:  # it is so on all ranks, and counts once
+            self.count("skipped/no_signal", float(not minibatches))
         for slices in minibatches:
             slices = [replace(part, extra=dict(part.extra)) for part in slices]  # a hook's changes end with the step
             hooks.call(self.trainer, "on_minibatch", slices)
@@ -219,8 +231,9 @@ class Policy(Actor):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         taken = self.epochs * sum(map(bool, self._plan))
         self.log("loss", self.sum_over_ranks(self._loss) / self.trainer.world_size / max(1, taken))
-        for name, value in self.counts.items():
-            self.log(name, value, reduce_fx="sum")
+        everyone = ranks.gather(self.counts)
+        for name in sorted({name for counts in everyone for name in counts}):
+            self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")
 
     def sum_over_ranks(self, value: float) -> float:
         if self.trainer.world_size == 1:

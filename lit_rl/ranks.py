@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LAUNCHER_VARIABLE = "LIT_RL_LAUNCHER"
+"""Tells the processes that Lightning starts for further ranks which process started them."""
 
 
 def gather(value: Any) -> list[Any]:
@@ -33,3 +40,24 @@ def largest(keys: Tensor, n: int) -> Tensor:
     start = sum(map(len, everyone[: dist.get_rank()])) if len(everyone) > 1 else 0
     mine = best[(best >= start) & (best < start + len(order))] - start
     return torch.zeros_like(keys, dtype=torch.bool).index_fill(0, order[mine], True)
+
+
+def end_with_launcher() -> None:
+    """Ends this process when the one that launched it for a further rank is gone, however that went. It would wait for it
+    in a collective otherwise, and hold its device, for as long as the strategy's timeout."""
+    launcher = int(os.environ.setdefault(LAUNCHER_VARIABLE, str(os.getpid())))
+    if launcher == os.getppid():
+
+        def watch() -> None:
+            while os.getppid() == launcher:
+                time.sleep(1)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="launcher-observer").start()
+
+
+def join(trainer: Any) -> None:
+    """The process that launched further ranks waits for them, and fails when one does."""
+    for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
+        if code := process.wait():
+            sys.exit(f"lit-rl: rank {rank} ended with code {code}")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import hooks, objectives
+from lit_rl import hooks, objectives, sharding
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
 from lit_rl.experience import Experience, Terms, build, concat
@@ -153,22 +153,24 @@ class Rollout(Policy):
     def sample(self, tasks: list[Task]) -> Experience:
         """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
 
+        The batch is that of all ranks, and holds the first such groups, on whatever rank they are: as one process would.
         Fewer than a full batch after `max_rounds` is counted, and trained on. When there is none at all, training stops
         if every response was right (there is nothing left to learn), and RuntimeError is raised otherwise.
         """
-        drawn = self.round(tasks)
         if not self.dynamic_sampling:
-            return drawn
-        x, rounds, tried = self.informative(drawn), 1, len(drawn)
-        right = sum(verdict.correct for verdict in drawn.verdicts)
-        while self.sum_over_ranks(len(x.tasks) < len(tasks)) and rounds < self.max_rounds:
-            drawn = self.round(self.more_tasks(len(tasks), rounds) if len(x.tasks) < len(tasks) else [])
+            return self.round(tasks)
+        x, found, rounds, tried, right = build([], [], [], []), 0, 0, 0, 0
+        wanted = int(self.sum_over_ranks(len(tasks)))
+        while found < wanted and rounds < self.max_rounds:
+            drawn = self.round(self.more_tasks(len(tasks), rounds) if rounds else tasks)
             x = concat(x, self.informative(drawn))
-            rounds, tried = rounds + 1, tried + len(drawn)
+            rounds, found = rounds + 1, int(self.sum_over_ranks(len(x.tasks)))
+            tried += len(drawn)
             right += sum(verdict.correct for verdict in drawn.verdicts)
-        self.count("dynamic_sampling/rounds", rounds)
-        self.count("dynamic_sampling/missing", max(0, len(tasks) - len(x.tasks)))
-        if not self.sum_over_ranks(len(x.tasks)):
+        if self.trainer.is_global_zero:
+            self.count("dynamic_sampling/rounds", rounds)
+            self.count("dynamic_sampling/missing", max(0, wanted - found))
+        if not found:
             tried, right = int(self.sum_over_ranks(tried)), int(self.sum_over_ranks(right))
             if tried and right == tried:
                 rank_zero_warn(
@@ -181,7 +183,7 @@ class Rollout(Policy):
                     f" ({rounds} rounds of {len(tasks)} prompts): the tasks are too hard or too easy for the policy. Change"
                     " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
                 )
-        return x.groups(range(min(len(tasks), len(x.tasks))))
+        return x.groups(range(self.owners(x)[:wanted].count(self.global_rank)))
 
     def round(self, tasks: list[Task]) -> Experience:
         """Generates and scores; `on_rollout` has seen the result."""
@@ -216,7 +218,8 @@ class Rollout(Policy):
         return x.groups([g for g in range(len(x.tasks)) if len(x.rewards[(x.group == g) & x.valid].unique()) > 1])
 
     def more_tasks(self, n: int, round_: int) -> list[Task]:
-        """n further training tasks, a function of (seed, step, round, rank): nothing to remember for a resume."""
+        """n further training tasks, a function of (seed, step, round, rank): nothing to remember for a resume. Those of
+        different ranks differ as long as there are enough."""
         loader: Any = self.trainer.train_dataloader
         data: Any = getattr(loader, "dataset", None)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -224,9 +227,12 @@ class Rollout(Policy):
                 "dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and"
                 f" indices, not {type(data).__name__}"
             )
-        key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}\0{self.global_rank}"
+        key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}"
         rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
-        return [data[i] for i in rng.sample(range(len(data)), min(n, len(data)))]
+        drawn = rng.sample(range(len(data)), min(n * self.trainer.world_size, len(data)))
+        tasks = [data[i] for i in drawn[self.global_rank :: self.trainer.world_size]]
+        self._places |= {id(task): (round_, i) for i, task in enumerate(tasks)}
+        return tasks
 
     @property
     def exact_sampler(self) -> bool:
@@ -239,7 +245,8 @@ class Rollout(Policy):
         """(N, T) log-probabilities under a frozen model, slice by slice."""
         result = torch.zeros(x.tokens.shape)
         x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
-        with self.precision():
+        with self.precision(), sharding.gathered(forward.model):
+            forward.check(self.device)
             for part in self.slices(x, torch.arange(len(x))):
                 logps, _ = forward(part.to(self.device), self.temperature)
                 result[part.extra["_row"], : logps.shape[1]] = logps.cpu()

@@ -62,9 +62,10 @@ def by_rank(name: str, rank: int) -> str:
     return name if rank == 0 else name.replace(".", f".rank{rank}.", 1)
 
 
-def refuse_other_run(file: Path) -> None:
-    """A new run must not mix with an old one's records."""
-    if file.exists() and file.stat().st_size:
+def refuse_other_run(file: Path, trainer: L.Trainer | None = None) -> None:
+    """A new run must not mix with an old one's records. With a trainer, rank 0 decides for all, before it writes."""
+    taken = file.exists() and file.stat().st_size > 0
+    if trainer.strategy.broadcast(taken) if trainer is not None else taken:
         raise FileExistsError(
             f"{file.parent} already holds another run ({file.name}). Choose another folder (--run), delete this one, or"
             " continue its run with --ckpt_path last."

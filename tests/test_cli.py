@@ -12,7 +12,7 @@ from lit_rl import jsonl
 from lit_rl.__main__ import main
 from lit_rl.commands import recipe_paths
 
-RECIPES = [name for name in recipe_paths() if name != "tiny"]
+RECIPES = [name for name, path in recipe_paths().items() if not path.read_text().startswith("# An overlay")]
 
 
 def run(capsys, *argv):

@@ -1,0 +1,189 @@
+"""The cases of test_ranks.py, run in one process by the tests and in two by this script.
+
+LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python worker.py
+"""
+
+import os
+import traceback
+from datetime import timedelta
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_rl import RLCallback, Sampling, Task, sharding
+from lit_rl.cli import METHODS
+from lit_rl.datamodules.base import TaskData
+from lit_rl.generation.native import NativeGenerator
+
+BATCH = 4
+"""Tasks a step, over all ranks."""
+STRATEGIES = {
+    "ddp": lambda **kwargs: DDPStrategy(timeout=timedelta(seconds=60)),
+    "fsdp2": lambda **kwargs: sharding.FSDP2(timeout=timedelta(seconds=60), **kwargs),
+}
+
+
+class Letters(TaskData):
+    """Half of the alphabet is right. Prompts in `long` do not fit, and responses to those in `dull` are all wrong."""
+
+    def __init__(self, ranks, n=32, long=(), dull=(), shuffle=False):
+        super().__init__(BATCH // ranks, shuffle=shuffle)
+        self.n, self.long, self.dull = n, long, dull
+
+    def tasks(self, split):
+        def task(i):
+            prompt = "x" * 3000 if i in self.long else f"{split} {i % 29}: " + "ab" * (i % 5)
+            right = (lambda text: 0.0) if i in self.dull else (lambda text: float(bool(text) and text[0] < "N"))
+            return Task(prompt, right, [f"<answer>{i}</answer>", "no"], id=str(i))
+
+        return [task(i) for i in range(self.n)]
+
+
+class Same(Letters):
+    def tasks(self, split):
+        return [Task("the same prompt", lambda text: float(bool(text) and text[0] < "N")) for _ in range(8)]
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the collectives that make shards whole."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.c10d._allgather_base_.default
+        return function(*args, **(kwargs or {}))
+
+
+class Record(RLCallback):
+    """Whole gradients, the rank's prompts and slices, and the all-gathers of weights while a batch is collected."""
+
+    def __init__(self):
+        self.gradients, self.tasks, self.slices, self.gathers = [], [], [], []
+
+    def on_train_start(self, trainer, module):
+        collect = module.on_train_batch_start
+
+        def counted(*args):
+            with Gathers() as gathers:
+                collect(*args)
+            self.gathers.append(gathers.count)
+            self.slices.append([sum(bool(s.weights.any()) for s in minibatch) for minibatch in module._plan])
+
+        module.on_train_batch_start = counted
+
+    def on_rollout(self, trainer, module, x):
+        self.tasks += [task.id for task in x.tasks]
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.gradients.append(flat(p.grad for p in module.model.parameters()))
+
+    def on_train_end(self, trainer, module):
+        del module.on_train_batch_start
+
+    def state_dict(self):
+        return {"tasks": list(self.tasks)}  # another on each rank
+
+    def load_state_dict(self, state):
+        self.tasks = list(state["tasks"])
+
+
+class Counting(NativeGenerator):
+    """An engine with a state of its own on each rank."""
+
+    tokens = 0
+
+    def generate(self, *args):
+        result = super().generate(*args)
+        self.tokens += sum(len(c.tokens) for group in result for c in group)
+        return result
+
+    def state_dict(self):
+        return {"tokens": self.tokens}
+
+    def load_state_dict(self, state):
+        self.tokens = state["tokens"]
+
+
+def flat(tensors):
+    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).detach().flatten() for t in tensors])
+
+
+def trainer(ranks, strategy, sharded=False, **kwargs):
+    if ranks > 1:
+        kwargs["strategy"] = STRATEGIES[strategy](**({"save_distributed_checkpoint": True} if sharded else {}))
+    defaults = dict(
+        max_steps=2,
+        accelerator="cpu",
+        devices=ranks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    return L.Trainer(**{**defaults, **kwargs})
+
+
+def policy(method="GRPO", **kwargs):
+    torch.manual_seed(0)
+    return METHODS[method]("tiny", **{"lr": 1e-3, "sampling": Sampling(max_new_tokens=6), **kwargs})
+
+
+def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fit=(), **kwargs):
+    """What training does, whatever ranks it is divided between; and under "own" what belongs to this rank."""
+    record, module = Record(), policy(method, **dict(settings))
+    run = trainer(ranks, strategy, callbacks=[record, *callbacks], **kwargs)
+    before = flat(module.model.parameters())
+    run.fit(module, data(ranks) if callable(data) else Letters(ranks, **dict(data)), **dict(fit))
+    own = {"tasks": record.tasks, "slices": record.slices, "gathers": record.gathers}
+    own["tokens"] = getattr(module.generator, "tokens", 0)
+    return {
+        "gradients": record.gradients,
+        "weights": flat(module.model.parameters()),
+        "moved": flat(module.model.parameters()) - before,
+        "models": sum(map(sharding.is_sharded, module.children())),
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
+        "own": own,
+    }
+
+
+def case(**kwargs):
+    return lambda ranks, strategy: learn(ranks, strategy, **kwargs)
+
+
+EQUAL = {name: case(method=name) for name in METHODS}
+"""One process and two ranks must learn the same."""
+# Task i is rank i % 2's.
+EQUAL |= {
+    "clipping": case(gradient_clip_val=0.01),
+    "rank 1 has no rows": case(data={"long": (1, 3)}, settings={"kl_in_reward": True, "advantage": "reinforce_pp"}),
+    "rank 1 has no signal": case(data={"dull": (1, 3)}, settings={"kl_coef": 0.0}),
+    "nobody has a signal": case(data={"dull": range(4)}, settings={"kl_coef": 0.0}),
+    "other numbers of slices": case(
+        data={"long": (3,), "dull": (5,)}, settings={"microbatch_tokens": 60, "kl_coef": 0.0, "epochs": 2}
+    ),
+    "uneven minibatches": case(data={"long": (3, 5)}, settings={"minibatches": 2, "old_logps": "recompute"}),
+    "further rounds": case(method="DAPO", data={"dull": (0, 1, 3, 4, 5, 7)}, settings={"minibatches": 2}),
+    "equal prompts": case(method="DAPO", data=Same, settings={"group": 4}),
+    "three epochs": case(method="SFT", data={"n": 10, "shuffle": True}, max_epochs=3, max_steps=-1),
+}
+
+
+CASES = EQUAL
+
+
+def main():
+    rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    for name, run in CASES.items():
+        for strategy in STRATEGIES:
+            try:
+                result = run(ranks, strategy)
+            except Exception:  # the test that wants the result shows it
+                result = traceback.format_exc()
+            torch.save(result, f"{name} {strategy} {rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
