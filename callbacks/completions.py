@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 
 from lit_rl import jsonl, run
+from lit_rl.actor import Actor
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
 
@@ -62,7 +64,9 @@ class Completions(RLCallback):
             return
         records = self.records(experience, step)
         if write and self._path is not None:
-            jsonl.append(self._path, records)
+            written = run.tolerate(self._path, partial(jsonl.append, self._path, records))
+            if not written and isinstance(policy, Actor):
+                policy.count("skipped/completions_unwritten", len(records))
         if trainer.is_global_zero:
             if show:
                 self._print(trainer, records)

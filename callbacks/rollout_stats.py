@@ -28,7 +28,6 @@ class RolloutStats(RLCallback):
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
     - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
-    - grad_norm before clipping (of the last minibatch);
     - seconds/generate, /score, /train, and tokens_per_second (response tokens over all of it).
     """
 
@@ -80,12 +79,6 @@ class RolloutStats(RLCallback):
             self._clipped += int((terms.clipped & counted).sum())
         if terms.log_ratio is not None:
             self._ratios.append(terms.log_ratio.detach()[counted].float().exp().cpu())
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            self._numbers["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -22,7 +22,7 @@ MAIN = {  # title: (names as a regular expression, y axis, how to get them)
     "Entropy": (r"entropy", "nats a token", "Add the EntropyMonitor callback."),
     "Response length": (r"length/mean", "tokens, mean of a step", "Add the RolloutStats callback."),
     "Loss": (r"loss|train_loss|train/loss", "mean of a step", "Every method of lit-rl logs “loss”."),
-    "Gradient norm": (r"grad_norm", "before clipping", "Add the RolloutStats callback."),
+    "Gradient norm": (r"grad_norm", "before clipping", "Every method of lit-rl logs it."),
 }
 FURTHER = {  # title: {names as a regular expression: y axis}
     "Reward by family": {r"reward/.+": "mean of a step", r"reward_std": "of all responses"},

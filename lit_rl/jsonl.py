@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """One line a record."""
+    """One line a record: all of them or, when OSError is raised, none. A line that a crash cut short is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    data = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes JSON's own escape of it
+    with path.open("a+b", buffering=0) as file:
+        end = file.tell()
+        if end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
+            data = b"\n" + data
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
+from lit_rl.guard import Guard
 from lit_rl.objectives import token_weights
 from lit_rl.task import Task
 
@@ -42,6 +43,8 @@ class Policy(Actor):
         minibatches: Optimizer steps a pass; a group is never divided between two.
         microbatch_tokens: Tokens in one forward and backward: lower it when memory runs out, the gradient stays the same.
         gradient_checkpointing: Trades time for memory.
+        max_non_finite: Optimizer steps in a row whose loss or gradient may be infinite or NaN: each is skipped, counted as
+            skipped/non_finite and kept as a file; then training stops.
     """
 
     splits_groups: bool = True
@@ -60,6 +63,7 @@ class Policy(Actor):
         minibatches: int = 1,
         microbatch_tokens: int = 16384,
         gradient_checkpointing: bool = False,
+        max_non_finite: int = 10,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -74,11 +78,13 @@ class Policy(Actor):
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.token_terms = Forward(self.model)
+        self.guard = Guard(max_non_finite)
         self._plan: list[list[Experience]] = []
         self._places: dict[int, tuple[int, int]] = {}
         """Where each task stands in the batch, by its id: the round in which it was asked for, and its position there."""
+        self._minibatch: list[Experience] = []
         self._slice: Experience | None = None
-        self._loss = 0.0
+        self._losses: list[float] = []
 
     def collect(self, tasks: list[Task]) -> Experience:
         """The experience of one batch of tasks, with advantages (if the method has any) but without weights."""
@@ -123,7 +129,7 @@ class Policy(Actor):
         with sharding.gathered(self.model):
             self.token_terms.check(self.device)
             self._plan = self.plan(self.collect(batch))
-        self._loss = 0.0
+        self._losses = []
 
     def plan(self, x: Experience) -> list[list[Experience]]:
         """Minibatches of slices. Fills `x.weights`, so that over all ranks they add up to one in each minibatch (or to less:
@@ -195,7 +201,7 @@ class Policy(Actor):
         if self._slice is None:  # nothing to learn from anywhere
             return torch.zeros((), device=self.device, requires_grad=True)
         loss = self.loss(self._slice)
-        self._loss += float(loss.detach())
+        self._losses.append(float(loss.detach()))
         return loss
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -215,12 +221,17 @@ class Policy(Actor):
 
     def _accumulate(self, slices: list[Experience], optimizer: Any, closure: Callable[[], Any]) -> Any:
         optimizer.zero_grad()
+        self._minibatch = slices
         for i, part in enumerate(slices):
             self._slice = part.to(self.device)
             with nullcontext() if i == len(slices) - 1 else self._no_sync():
                 result = closure()
         self._slice = None
         return result
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.guard(self, optimizer, self._minibatch, self._losses[-len(self._minibatch) :])
+        self.log("grad_norm", self.guard.norm)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
@@ -230,7 +241,7 @@ class Policy(Actor):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         taken = self.epochs * sum(map(bool, self._plan))
-        self.log("loss", self.sum_over_ranks(self._loss) / self.trainer.world_size / max(1, taken))
+        self.log("loss", self.sum_over_ranks(sum(self._losses)) / self.trainer.world_size / max(1, taken))
         everyone = ranks.gather(self.counts)
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")

@@ -5,12 +5,17 @@ evaluations.jsonl  one line an evaluation
 completions.jsonl  one line a response in training (the Completions callback)
 predictions.jsonl  one line a response of `predict`
 config.yaml        what was run (the command line)
+non_finite-STEP.pt  what a step that was not finite was made of (the guard of every policy)
 checkpoints/
 """
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +28,22 @@ from lit_rl.metrics import Table
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 COMPLETIONS, PREDICTIONS = "completions.jsonl", "predictions.jsonl"
+NON_FINITE = "non_finite-{}.pt"
+KEPT = 10_000
+"""Lines of metrics that wait in memory while the disk refuses them, at most."""
 
 
 class RunLogger(Logger):
     """Writes each step's metrics as a line of `folder`/metrics.jsonl, at once.
 
-    Unlike CSVLogger it takes new names at any time and never deletes what an earlier part of the run has written.
+    Unlike CSVLogger it takes new names at any time and never deletes what an earlier part of the run has written. Lines
+    that the disk refuses are written when it takes them again.
     """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = Path(folder)
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=KEPT)
 
     name = version = ""  # so that ModelCheckpoint's folder is `folder`/checkpoints
 
@@ -45,7 +55,20 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        jsonl.append(self.folder / METRICS, [{"step": step, **{k: float(v) for k, v in metrics.items()}}])
+        self._waiting.append({"step": step, **{k: float(v) for k, v in metrics.items()}})
+        self._write()
+
+    def _write(self) -> None:
+        path = self.folder / METRICS
+        if tolerate(path, lambda: jsonl.append(path, self._waiting)):
+            self._waiting.clear()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            warnings.warn(f"{len(self._waiting)} lines of {self.folder / METRICS} are lost: the disk did not take them")
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -60,6 +83,21 @@ def folder(trainer: L.Trainer) -> Path:
 def by_rank(name: str, rank: int) -> str:
     """The file's name for this rank: ranks beyond the first write files of their own."""
     return name if rank == 0 else name.replace(".", f".rank{rank}.", 1)
+
+
+def tolerate(path: Path, write: Callable[[], Any]) -> bool:
+    """Runs `write`, which fills `path`. When the disk refuses, the run goes on without: False, and one warning a file."""
+    try:
+        write()
+    except OSError as error:
+        _warn_once(f"cannot write {path.absolute()}: {error.strerror}. The run goes on. This message comes once.")
+        return False
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message)
 
 
 def refuse_other_run(file: Path, trainer: L.Trainer | None = None) -> None:
@@ -80,7 +118,5 @@ def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
     if trainer.state.fn in ("validate", "test"):
         print(f"\n{table}\n", flush=True)
     if trainer.loggers:
-        jsonl.append(
-            path / EVALUATIONS,
-            [{"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}],
-        )
+        record = {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}
+        tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))

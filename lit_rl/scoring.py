@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
-import select
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 from lit_rl.task import Verdict
@@ -22,12 +24,15 @@ from lit_rl.task import Verdict
 Item = tuple[Callable[[str], Any], str]
 """A scoring function and the text of one response."""
 
+# forking beside threads: the child runs Python only
+warnings.filterwarnings("ignore", message=r".*use of fork\(\)", category=DeprecationWarning)
+
 
 def judge(score: Callable[[str], Any], text: str) -> Verdict:
     """One verdict, in this process; an exception is an invalid verdict that names it."""
     try:
         return Verdict.of(score(text))
-    except Exception as error:  # the reward function is the user's
+    except (Exception, SystemExit) as error:  # the reward function is the user's
         return Verdict.invalid(f"{type(error).__name__}: {error}")
 
 
@@ -55,26 +60,32 @@ class Scorer:
         if self.where == "inline" or not items:
             return [judge(score, text) for score, text in items]
         verdicts: list[Verdict | None] = [None] * len(items)
-        waiting = [list(range(i, len(items), self.workers)) for i in range(min(self.workers, len(items)))]
-        children = [_Child(items, todo, self.memory_mb, self.timeout) for todo in waiting]
+        children: list[_Child] = []
+
+        def start(todo: list[int]) -> None:
+            try:
+                children.append(_Child(items, todo, self.memory_mb, self.timeout))
+            except OSError as error:
+                for i in todo:
+                    verdicts[i] = Verdict.invalid(f"the system gave no process for the verifier: {error}")
+
         try:
+            for i in range(min(self.workers, len(items))):
+                start(list(range(i, len(items), self.workers)))
             while children:
                 deadline = min(child.deadline for child in children)
-                ready, _, _ = select.select(children, [], [], max(0.0, deadline - time.monotonic()))
+                ready = wait([child.pipe for child in children], max(0.0, deadline - time.monotonic()))
                 for child in list(children):
-                    if child in ready:
-                        ended = child.read(verdicts)
-                        reason = f"the verifier's process died ({child.status()})" if ended and child.todo else ""
-                    else:
-                        ended = time.monotonic() >= child.deadline
-                        reason = f"the verifier took more than {self.timeout:g} s" if ended else ""
-                    if ended:
-                        child.kill()
+                    late = child.pipe not in ready and time.monotonic() >= child.deadline
+                    ended = late or (child.pipe in ready and child.read(verdicts))
+                    if ended or not child.todo:
                         children.remove(child)
+                        status = child.kill()
                         if child.todo:  # the first one is to blame; a fresh child takes the rest
-                            verdicts[child.todo[0]] = Verdict.invalid(reason)
+                            fate = f" took more than {self.timeout:g} s" if late else f"'s process died ({status})"
+                            verdicts[child.todo[0]] = Verdict.invalid(f"the verifier{fate}")
                             if rest := child.todo[1:]:
-                                children.append(_Child(items, rest, self.memory_mb, self.timeout))
+                                start(rest)
         finally:
             for child in children:
                 child.kill()
@@ -86,29 +97,35 @@ class _Child:
 
     def __init__(self, items: Sequence[Item], todo: list[int], memory_mb: int, timeout: float) -> None:
         self.todo, self.timeout, self.rest = todo, timeout, b""
-        self.exit: int | None = None
+        _flush()  # or what is waiting to be printed would be printed by the child as well
         self.pipe, write = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child runs Python only
+        try:
             self.pid = os.fork()
+        except OSError:
+            os.close(self.pipe)
+            os.close(write)
+            raise
         if self.pid == 0:
             try:
                 os.setsid()  # so that `kill` reaches grandchildren
-                for number in (signal.SIGINT, signal.SIGTERM):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
                     signal.signal(number, signal.SIG_DFL)
                 gc.disable()
                 _limit_memory(memory_mb)
+                own = os.getpid()
                 with os.fdopen(write, "w") as out:
                     for i in todo:
-                        out.write(json.dumps(asdict(judge(*items[i])), default=str) + "\n")
+                        signal.alarm(math.ceil(timeout) + 1)  # ends this process when there is no trainer left to do it
+                        line = json.dumps(asdict(judge(*items[i])))
+                        if os.getpid() != own:
+                            break  # the verifier has forked, and this is the copy
+                        _flush()
+                        out.write(line + "\n")
                         out.flush()
             finally:
                 os._exit(0)  # no exit handlers of the trainer
         os.close(write)
         self.deadline = time.monotonic() + timeout
-
-    def fileno(self) -> int:
-        return self.pipe
 
     def read(self, verdicts: list[Verdict | None]) -> bool:
         """Takes what has arrived; True at the end."""
@@ -119,19 +136,20 @@ class _Child:
             self.deadline = time.monotonic() + self.timeout
         return not data
 
-    def status(self) -> str:
-        self.exit = os.waitpid(self.pid, 0)[1] if self.exit is None else self.exit
-        code = os.waitstatus_to_exitcode(self.exit)
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def kill(self) -> None:
+    def kill(self) -> str:
+        """Ends the child and whatever it has started; how it ended."""
         os.close(self.pipe)
-        if self.exit is not None:
-            return
         for kill in (os.killpg, os.kill):  # before the child has made its group there is only itself
             with suppress(ProcessLookupError, PermissionError):
                 kill(self.pid, signal.SIGKILL)
-        self.exit = os.waitpid(self.pid, 0)[1]
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+            stream.flush()
 
 
 def _limit_memory(megabytes: int) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, str]
 """One chat turn: `{"role": "user", "content": "..."}`."""
+
+LONGEST = 10_000
+"""Characters of a verdict's answer and reason that are kept."""
+LARGEST = 1e30
+"""Score beyond which float32 arithmetic would overflow."""
 
 
 @dataclass
@@ -34,25 +38,29 @@ class Verdict:
 
     @staticmethod
     def of(value: Any) -> Verdict:
-        """A verdict from whatever a scoring function returned.
+        """A verdict, all of plain types, from whatever a scoring function returned.
 
         Accepts a Verdict, a bool, a finite number (correct when it is at least 1), a mapping of named numbers (their
         sum is the score), or None ("cannot tell", which is invalid). NaN and anything else are invalid, with a reason.
         """
-        if isinstance(value, Verdict):
-            return value if math.isfinite(value.score) else Verdict.invalid(f"the verifier's score is {value.score}")
         if value is None:
             return Verdict.invalid("the verifier returned None")
-        if isinstance(value, Mapping):
-            parts = {str(k): float(v) for k, v in value.items()}
-            return Verdict(**{**vars(Verdict.of(sum(parts.values()))), "parts": parts})
         try:
-            score = float(value)
+            if isinstance(value, Verdict):
+                answer = None if value.answer is None else str(value.answer)[:LONGEST]
+                named = {str(k): float(v) for k, v in value.parts.items()}
+                reason, valid = str(value.reason)[:LONGEST], bool(value.valid)
+                verdict = Verdict(bool(value.correct), float(value.score), answer, reason, valid, named)
+            elif isinstance(value, Mapping):
+                named = {str(k): float(v) for k, v in value.items()}
+                verdict = Verdict(sum(named.values()) >= 1.0, sum(named.values()), parts=named)
+            else:
+                verdict = Verdict(float(value) >= 1.0, float(value))
         except (TypeError, ValueError):
             return Verdict.invalid(f"the verifier returned a {type(value).__name__}: expected a Verdict or a number")
-        if not math.isfinite(score):
-            return Verdict.invalid(f"the verifier returned {score}")
-        return Verdict(score >= 1.0, score)
+        if not abs(verdict.score) <= LARGEST:
+            return Verdict.invalid(f"the verifier returned {verdict.score}")
+        return verdict
 
 
 @dataclass

@@ -1,0 +1,373 @@
+"""Faults cost what they must and nothing more. Each is injected into a real run, most of them through the real command."""
+
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from test_policy import Letters, policy, trainer, weights
+
+from lit_rl import RLCallback, jsonl
+from lit_rl.__main__ import main
+from lit_rl.callbacks import Completions
+from lit_rl.run import RunLogger
+from lit_rl.scoring import Scorer
+
+TINY = ["fit", "--config", "grpo", "--config", "tiny", "--trainer.enable_progress_bar", "false"]
+MARK = "LIT_RL_TEST_MARK"
+
+
+class Command:
+    """The real command in a process of its own, started in this test's folder."""
+
+    def __init__(self, *argv, **env):
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lit_rl", *map(str, argv)],
+            env={**os.environ, MARK: self.mark, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ends(self, timeout=600):
+        """Its exit code and what it printed."""
+        try:
+            text, _ = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()
+        return self.process.returncode, text
+
+    def relatives(self):
+        """Processes that it has left behind: whoever inherited its environment."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue  # it has ended
+        return found
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def steps(run):
+    return [r for r in jsonl.read(Path(run, "metrics.jsonl")) if "loss" in r]
+
+
+# ---------------------------------------------------------------- losses and gradients that are not finite
+
+
+class Poison(RLCallback):
+    """Makes the loss of chosen slices NaN, or only its gradient."""
+
+    def __init__(self, slices, where="loss"):
+        self.slices, self.where, self.seen = slices, where, 0
+
+    def on_loss(self, trainer, module, x, terms):
+        if self.seen in self.slices:
+            if self.where == "loss":
+                terms.loss = terms.loss * math.nan
+            else:  # the value is zero, its derivative infinite
+                terms.loss = terms.loss + (terms.logps - terms.logps.detach()).abs().sqrt()
+        self.seen += 1
+
+
+class States(L.Callback):
+    """Weights with optimizer state, and what was logged, after each Trainer step."""
+
+    def __init__(self):
+        self.seen, self.metrics = [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        state = trainer.optimizers[0].state_dict()["state"]
+        self.seen.append(torch.cat([weights(module), *(v.flatten() for s in state.values() for v in s.values())]))
+
+    def on_train_batch_start(self, trainer, *_):
+        self.metrics.append(dict(trainer.logged_metrics))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(where, clip, precision):
+    states, module = States(), policy()
+    # the Trainer itself has no float16 on a CPU; its plugin has, and this first scale overflows nothing
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 256.0))] if precision == "16-mixed" else []
+    run = trainer(max_steps=3, callbacks=[Poison({1}, where), states], gradient_clip_val=clip, plugins=plugins)
+    with pytest.warns(
+        UserWarning, match=r"step 1: the loss or gradient is not finite .* what is in .*non_finite-1\.pt"
+    ):
+        run.fit(module, Letters())
+    first, second, third = states.seen
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert third.isfinite().all()
+    assert states.metrics[2]["skipped/non_finite"] == 1
+    assert not math.isfinite(states.metrics[2]["grad_norm"])
+    assert "skipped/non_finite" not in module.counts  # of the last step
+    if plugins:
+        assert plugins[0].scaler.get_scale() == 128.0, "the scaler has seen it, and backs off"
+
+
+def test_other_minibatches_are_taken_and_the_guilty_slice_is_kept():
+    class Record(RLCallback):
+        slices = []
+
+        def on_loss(self, trainer, module, x, terms):
+            self.slices.append(x)
+
+    record, module = Record(), policy(minibatches=2, microbatch_tokens=60, old_logps="sampler")
+    run = trainer(max_steps=1, callbacks=[record, Poison({1})])
+    run.fit(module, Letters())
+    assert {int(s["step"]) for s in run.optimizers[0].state_dict()["state"].values()} == {1}
+    assert module.counts["skipped/non_finite"] == 1
+    content = torch.load("non_finite-0.pt", weights_only=True)
+    assert content["step"] == 0
+    (kept,) = content["slices"]
+    assert math.isnan(kept["loss"])
+    assert kept["tasks"] == [task.key() for task in record.slices[1].tasks]
+    for name in ("tokens", "mask", "weights", "logps", "sampler_logps", "advantages", "rewards"):
+        assert torch.equal(kept[name], getattr(record.slices[1], name))
+
+
+def test_too_many_in_a_row_end_the_training_and_few_files_are_kept():
+    module = policy(max_non_finite=3)
+    before = weights(module).clone()
+    with pytest.raises(FloatingPointError, match="3 losses or gradients in a row were not finite, the last at step 2"):
+        trainer(max_steps=9, callbacks=[Poison(range(99))]).fit(module, Letters())
+    assert torch.equal(before, weights(module))
+    module = policy(max_non_finite=2)
+    trainer(max_steps=10, callbacks=[Poison(range(1, 10, 2))]).fit(module, Letters())
+    assert [p.name for p in sorted(Path().glob("*.pt"))] == [f"non_finite-{i}.pt" for i in (0, 1, 3, 5)]
+
+
+RANKS = """
+import sys, torch
+import lightning.pytorch as L
+sys.path.insert(0, sys.argv[1])
+from test_faults import Poison
+from test_policy import Letters, policy, trainer, weights
+
+class OneRank(Poison):
+    def on_loss(self, trainer, *args):
+        if trainer.global_rank == 1:
+            super().on_loss(trainer, *args)
+
+module, poison = policy(), OneRank({1})
+run = trainer(max_steps=3, callbacks=[poison], devices=2, strategy="ddp")
+seen = []
+module.on_train_batch_start_ = module.on_train_batch_start
+class Watch(L.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        seen.append(weights(module).clone())
+run.callbacks.append(Watch())
+run.fit(module, Letters())
+torch.save(seen, f"rank{run.global_rank}.pt")
+"""
+
+
+def test_all_ranks_agree_to_skip():
+    Path("ranks.py").write_text(RANKS)
+    done = subprocess.run(
+        [sys.executable, "ranks.py", str(Path(__file__).parent)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (torch.load(f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    assert Path("non_finite-1.rank1.pt").exists()
+
+
+BREAK = """
+import lightning.pytorch as L
+
+class Break(L.Callback):
+    def on_train_batch_start(self, trainer, module, *_):
+        if trainer.global_step == 2:
+            module.model.lm_head.weight.data.fill_(float("inf"))
+"""
+
+
+def test_weights_that_have_diverged_end_the_run_and_leave_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("breaks.py").write_text(BREAK)
+    saves = ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.callbacks+=breaks.Break"]
+    with pytest.raises(ValueError, match="not finite: the model has diverged"):
+        main([*TINY, *saves, "--trainer.limit_val_batches", "0", "--run", "r"])
+    assert [row["step"] for row in steps("r")] == [0, 1]
+    assert len(jsonl.read(Path("r/completions.jsonl"))) == 2 * 64
+    content = torch.load("r/checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 2
+    assert all(v.isfinite().all() for v in content["state_dict"].values())
+
+
+# ---------------------------------------------------------------- verifiers
+
+VERIFIERS = """
+import os, signal, subprocess, sys, time
+import lightning.pytorch as L
+import numpy, torch
+from lit_rl import Task, Verdict
+from lit_rl.datamodules import TaskData
+
+def raises(text): raise RuntimeError("no such table")
+def hangs(text):
+    while True: time.sleep(1)
+def hardened(text):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+    hangs(text)
+def exits(text): os._exit(0)
+def quits(text): sys.exit("bye")
+def eats(text):
+    hoard = []
+    while True: hoard.append(bytearray(2**24))
+def spawns(text):
+    subprocess.Popen(["sleep", "600"])
+    os._exit(3)
+def forks(text):
+    os.fork()
+    return 1.0
+def prints(text):
+    for _ in range(2000): print("noise " * 20)
+    return 0.25
+def words(text): return "excellent"
+def arrays(text): return numpy.zeros(3)
+def nan(text): return float("nan")
+def huge(text): return 1e300
+def tensors(text): return Verdict(torch.tensor(True), torch.tensor(0.5), 42, parts={"a": numpy.float32(1)})
+def long(text): return Verdict(False, 0.5, "x" * 10**6)
+def letters(text): return sum(c in "aeiou" for c in text) / max(1, len(text))
+
+BAD = [raises, hangs, hardened, exits, quits, eats, spawns, words, arrays, nan, huge]
+GOOD = [forks, prints, tensors, long, letters]
+
+class Verifiers(TaskData):
+    def tasks(self, split):
+        return [Task(f"{f.__name__}", f, family=f.__name__) for f in BAD + GOOD] * 8
+
+class Memory(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        with open("/proc/self/statm") as file, open("memory.txt", "a") as out:
+            print(int(file.read().split()[1]) * 4096, file=out)
+"""
+
+
+def test_a_run_survives_every_bad_verifier():
+    Path("bad.py").write_text(VERIFIERS)
+    data = ["--data", "bad.Verifiers", "--data.batch_size", 16, "--trainer.callbacks+=bad.Memory"]
+    limits = ["--model.scoring", '{"timeout": 0.5, "memory_mb": 256}', "--model.group", 2]
+    command = Command(*TINY, *data, *limits, "--trainer.max_steps", 3, "--trainer.limit_val_batches", 0, "--run", "r")
+    code, text = command.ends()
+    assert code == 0, text
+    wait_for(lambda: not command.relatives(), 5)
+    assert [row["skipped/verifier_failed"] for row in steps("r")] == [22.0] * 3
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps("r"))
+    reasons = {}
+    for record in jsonl.read(Path("r/completions.jsonl")):
+        reasons.setdefault(record["family"], set()).add((record["correct"], record["reason"]))
+    assert {k: v for k, v in reasons.items() if k != "eats"} == {
+        "raises": {(None, "RuntimeError: no such table")},
+        "hangs": {(None, "the verifier took more than 0.5 s")},
+        "hardened": {(None, "the verifier took more than 0.5 s")},
+        "exits": {(None, "the verifier's process died (exit code 0)")},
+        "quits": {(None, "SystemExit: bye")},
+        "spawns": {(None, "the verifier's process died (exit code 3)")},
+        "words": {(None, "the verifier returned a str: expected a Verdict or a number")},
+        "arrays": {(None, "the verifier returned a ndarray: expected a Verdict or a number")},
+        "nan": {(None, "the verifier returned nan")},
+        "huge": {(None, "the verifier returned 1e+300")},
+        "forks": {(True, "")},
+        "tensors": {(True, "")},
+        **{name: {(False, "")} for name in ("prints", "long", "letters")},
+    }
+    assert all(correct is None for correct, _ in reasons["eats"])
+    first, *_, last = map(int, Path("memory.txt").read_text().split())
+    assert last - first < 64 * 2**20, "the trainer itself does not grow"
+
+
+def test_a_system_without_further_processes_costs_verdicts_only(monkeypatch):
+    def no_fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    before = len(os.listdir("/proc/self/fd"))
+    verdicts = Scorer(workers=2)([(len, "a"), (len, "b"), (len, "c")])
+    assert [v.reason for v in verdicts] == [
+        "the system gave no process for the verifier: [Errno 11] Resource temporarily unavailable"
+    ] * 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---------------------------------------------------------------- disks
+
+
+def test_a_full_disk_costs_completions_and_delays_metrics():
+    """/dev/full answers every write as a full disk does."""
+
+    class Frees(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                for name in ("metrics.jsonl", "completions.jsonl"):
+                    Path("r", name).unlink()
+
+    Path("r").mkdir()
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        Path("r", name).symlink_to("/dev/full")
+    run = trainer(
+        max_steps=5,
+        callbacks=[Completions(), Frees()],
+        logger=RunLogger("r"),
+        log_every_n_steps=1,
+        default_root_dir="r",
+    )
+    with pytest.warns(UserWarning, match="cannot write") as warned:
+        run.fit(policy(), Letters())
+    said = [str(w.message) for w in warned if "cannot write" in str(w.message)]
+    assert len(said) == 2, "once a file"
+    assert all("No space left on device. The run goes on" in message for message in said)
+    rows = steps("r")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4], "metrics have waited"
+    assert [row.get("skipped/completions_unwritten") for row in rows[:3]] == [16.0] * 3
+    assert sorted({r["step"] for r in jsonl.read(Path("r/completions.jsonl"))}) == [3, 4]
+
+
+def test_what_a_full_disk_keeps_to_the_end_is_said():
+    Path("r").mkdir()
+    Path("r/metrics.jsonl").symlink_to("/dev/full")
+    run = trainer(max_steps=2, logger=RunLogger("r"), log_every_n_steps=1, default_root_dir="r")
+    with pytest.warns(UserWarning, match=r"2 lines of r/metrics.jsonl are lost: the disk did not take them"):
+        run.fit(policy(), Letters())
+
+
+def test_records_are_whole_lines_whatever_happens():
+    path = Path("x.jsonl")
+    jsonl.append(path, [{"step": 0}])
+    with path.open("a") as file:
+        file.write('{"step": 1, "te')  # the process was killed here
+    jsonl.append(path, [{"step": 1, "text": "half a pair: \ud83d"}])
+    assert jsonl.read(path) == [{"step": 0}, {"step": 1, "text": "half a pair: \ud83d"}]
+    size = path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            jsonl.append(path, [{"step": 2, "text": "x" * 20}, {"step": 3, "text": "x" * 20}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == size, "nothing of them is left"
