@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lit_rl import adapters
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
 
@@ -32,9 +33,11 @@ class EntropyMonitor(RLCallback):
             return
         from transformers import PreTrainedModel
 
-        found = [
-            m for m in pl_module.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None
-        ]
+        def is_language_model(module: Any) -> bool:
+            inner = adapters.inner(module)  # a PeftModel may call it without its hooks
+            return isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
+
+        found = [m for m in pl_module.modules() if is_language_model(m)]
         if not found:
             raise ValueError(
                 f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}"

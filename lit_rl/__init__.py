@@ -18,6 +18,7 @@ _PUBLIC = {
     "Verdict": "task",
     "Experience": "experience",
     "Actor": "actor",
+    "LoRA": "adapters",
     "Policy": "policy",
     "Rollout": "rollout",
     "RLCallback": "hooks",

@@ -17,7 +17,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import jsonl, models, ranks, run, sharding
+from lit_rl import adapters, jsonl, models, ranks, run, sharding
+from lit_rl.adapters import LoRA
 from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
@@ -36,6 +37,7 @@ class Actor(L.LightningModule):
         tokenizer: A hub id or folder, when it is not the model's own; or a tokenizer, when `model` is a module.
         dtype: Of the weights; "auto" is as stored. On a GPU, keep float32 here and set the Trainer's precision.
         attn_implementation: As in transformers; None is its own choice.
+        lora: Train low-rank adapters beside frozen weights, which may be in 4 bits; None trains all weights.
         chat: Whether prompts go through the tokenizer's chat template; "auto": when it has one.
         sampling: How responses are drawn, in training and (but for `eval_temperature`) in evaluation.
         generator: The engine that samples; None is the native one.
@@ -53,6 +55,7 @@ class Actor(L.LightningModule):
         tokenizer: str | Any | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         attn_implementation: str | None = None,
+        lora: LoRA | None = None,
         chat: Literal["auto", "always", "never"] = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008  (a default the command line can show; never changed in place)
         generator: Generator | None = None,
@@ -74,8 +77,13 @@ class Actor(L.LightningModule):
         self.eval_samples, self.eval_temperature, self.chat, self.seed = eval_samples, eval_temperature, chat, seed
         self.model: Any = model
         self.tokenizer: Any = tokenizer
+        rng = torch.get_rng_state() if isinstance(model, str) and models.is_tiny(model) else None
         if isinstance(model, str):
             self.model, self.tokenizer = models.load(model, tokenizer, dtype, attn_implementation)
+        origin = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        lora = LoRA(**lora) if isinstance(lora, dict) else lora
+        self.model, self.adapters = adapters.adapt(self.model, lora, origin, rng)
+        self.strict_loading = self.adapters is None  # a checkpoint with adapters holds nothing else of the model
         self.model.train()
         models.disable_dropout(self.model)  # on-policy, the ratio must be one
         endings = getattr(self.model, "generation_config", None) or self.model.config
@@ -259,10 +267,15 @@ class Actor(L.LightningModule):
         checkpoint["lit_rl"] = {
             "model": models.checkpoint_state(self.model, self.tokenizer),
             "ranks": ranks.gather({"generator": self.generator.state_dict()} | self._rank_state(checkpoint)),
+            "adapters": self.adapters,
         }
+        if self.adapters:
+            checkpoint["state_dict"] = adapters.only_adapters(checkpoint["state_dict"], "model.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        states = checkpoint.get("lit_rl", {}).get("ranks", [])
+        saved = checkpoint.get("lit_rl", {})
+        adapters.check(self.adapters, saved.get("adapters"))
+        states = saved.get("ranks", [])
         if len(states) == self.trainer.world_size:
             state = states[self.global_rank]
             self.generator.load_state_dict(state["generator"])
@@ -280,7 +293,8 @@ class Actor(L.LightningModule):
         return {key: checkpoint[key] for key in keys if key in checkpoint}
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Writes a Hugging Face folder that transformers and vLLM load. To be called on all ranks; rank 0 writes."""
+        """Writes a Hugging Face folder that transformers and vLLM load; adapters are merged, and also in "adapter" inside.
+        To be called on all ranks; rank 0 writes."""
         model = self.model
         if sharding.is_sharded(model):
             weights = sharding.whole_state(model)
@@ -291,8 +305,13 @@ class Actor(L.LightningModule):
             models.export(model, self.tokenizer, folder, overwrite=overwrite)
 
 
-def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else."""
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, overwrite: bool = False, base: str | None = None
+) -> None:
+    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else.
+
+    But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
+    """
     path = Path(checkpoint)
     file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
     if not file.is_file():
@@ -300,11 +319,30 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, overwrite: boo
     content = torch.load(file, map_location="cpu", weights_only=True)
     if "lit_rl" not in content:
         raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
-    model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
+    about = content["lit_rl"].get("adapters")
+    with torch.random.fork_rng(devices=[]):
+        if about is None:
+            model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
+        else:
+            model, tokenizer = _base_of(path, content["lit_rl"]["model"], about, base)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if path.is_dir():
         sharding.load_shards(weights, path)
     else:
         weights = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")}
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+    model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in weights.items()}, strict=about is None
+    )
     models.export(model, tokenizer, folder, overwrite=overwrite)
+
+
+def _base_of(path: Path, state: dict[str, Any], about: dict[str, Any], base: str | None) -> tuple[Any, Any]:
+    """The frozen model under a checkpoint's adapters, with new adapters of their shape, and the tokenizer."""
+    if about["rng"] is not None and base is None:
+        torch.set_rng_state(about["rng"])  # "tiny" is made as it was then
+    elif not (base := base or about["base"]):
+        raise ValueError(f"{path} holds adapters of a model that has no name: say where it is (base, --base)")
+    model, tokenizer = models.from_checkpoint_state(state, base, about["dtype"])
+    model, mine = adapters.adapt(model, LoRA(**about["lora"]), base or models.TINY)
+    adapters.check(mine, about)
+    return model, tokenizer

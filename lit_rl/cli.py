@@ -8,7 +8,7 @@ import sys
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 import lightning.pytorch as L
@@ -17,7 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_rl.callbacks
 import lit_rl.datamodules
 from lit_rl import jsonl, methods, ranks, run
+from lit_rl.adapters import LoRA
 from lit_rl.commands import COMMANDS, recipe_paths
+from lit_rl.generation.base import Sampling
 from lit_rl.run import RunLogger
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -54,7 +56,7 @@ def explain(message: str) -> str:
     lines = [line for line in message.split("\n") if line.strip() and not line.strip().startswith(noise)]
     message = "\n".join(dict.fromkeys(lines)) or message
     classes = {**METHODS, **DATAMODULES, **CALLBACKS}
-    options = {p for c in classes.values() for base in c.__mro__ for p in signature(base).parameters}
+    options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
     for word in dict.fromkeys(w.rpartition(".")[2] for w in asked):
         if close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7):
@@ -121,6 +123,13 @@ class CLI(LightningCLI):
             config.trainer.default_root_dir = config.trainer.default_root_dir or chosen
         else:
             config.trainer.default_root_dir = config.run
+
+    @staticmethod
+    def configure_optimizers(lightning_module: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        """`--optimizer` gets the parameters that are trained, as the policy's own does: no frozen ones."""
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
     def instantiate_classes(self) -> None:
         try:

@@ -138,7 +138,8 @@ class Forward:
         targets, rows = x.tokens[x.mask], rows_layout(x)
         want = self._run(rows, targets, 1.0, fused=False)
         head = self.model.get_output_embeddings()
-        if head is None or self.model.base_model is self.model or getattr(head, "bias", None) is not None:
+        plain = head is not None and [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no adapter
+        if not plain or self.model.base_model is self.model:
             self.notes.append("its head is not hidden states times a weight: logits are computed in full")
         else:
             self._fused = self._same(self._run(rows, targets, 1.0, fused=True), want)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lit_rl import adapters
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,27 +57,24 @@ def load(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    tiny = name == TINY or (name.startswith(f"{TINY}-") and "/" not in name)
-    if dtype == "auto" and (tiny or name == SMOLLM2 or name.endswith(".gguf")):
+    if dtype == "auto" and (is_tiny(name) or name == SMOLLM2 or name.endswith(".gguf")):
         options["dtype"] = "float32"
-    if tiny:
+    if is_tiny(name):
         tok = _load_tokenizer(tokenizer or TINY, trust_remote_code)
         config = _tiny_config(name.removeprefix(TINY).removeprefix("-") or "llama", tok)
         return AutoModelForCausalLM.from_config(config, **options).eval(), tok
 
-    source, gguf = _resolve(name)
-    try:
-        if gguf:
-            model = _load_gguf(source, gguf, options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except OSError as error:  # what transformers raises for a repository or a file that it cannot get
-        raise ValueError(f"cannot load the model '{name}': {error}\n{EXPECTED}") from error
+    model = _load_model(name, options, trust_remote_code)
     tok = _load_tokenizer(tokenizer or name, trust_remote_code)
     embeddings: Any = model.get_input_embeddings()
     if tokenizer and len(tok) > (rows := embeddings.weight.shape[0]):
         raise ValueError(f"the tokenizer '{tokenizer}' has {len(tok)} tokens, the model '{name}' knows only {rows}")
     return model, tok
+
+
+def is_tiny(name: str) -> bool:
+    """Whether the model of this name is made, from torch's global seed, and not loaded."""
+    return name == TINY or (name.startswith(f"{TINY}-") and "/" not in name)
 
 
 def _tiny_config(architecture: str, tok: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -101,6 +100,19 @@ def _tiny_config(architecture: str, tok: PreTrainedTokenizerBase) -> PretrainedC
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
     )
+
+
+def _load_model(name: str, options: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model alone, from any name that `load` takes but "tiny"."""
+    from transformers import AutoModelForCausalLM
+
+    source, gguf = _resolve(name)
+    try:
+        if gguf:
+            return _load_gguf(source, gguf, options)
+        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except OSError as error:  # what transformers raises for a repository or a file that it cannot get
+        raise ValueError(f"cannot load the model '{name}': {error}\n{EXPECTED}") from error
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -287,6 +299,7 @@ def export(
 ) -> Path:
     """Save a folder that transformers and vLLM load: safetensors, config, tokenizer, and what ends a completion.
 
+    A model with adapters is saved with them merged into its weights, and they alone in the folder "adapter" inside it.
     The folder appears whole or not at all: it is written beside its place under another name, then renamed.
 
     Raises:
@@ -311,7 +324,8 @@ def export(
     try:
         new.mkdir(parents=True)
         model.generation_config = type(generation)()  # transformers refuses to save some that it loads, so we do
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=adapters.merged_state(model))
+        adapters.save(model, new / "adapter")
         (new / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tokenizer.save_pretrained(new)
         if folder.exists():
@@ -342,8 +356,12 @@ def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     }
 
 
-def from_checkpoint_state(state: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def from_checkpoint_state(
+    state: dict[str, Any], base: str | None = None, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, with random weights and in eval mode, and the tokenizer that `checkpoint_state` described.
+
+    With `base`, a name that `load` takes, the model has the weights that are there.
 
     Raises:
         ValueError: transformers builds another class from the config, as it does for code of the model's own.
@@ -360,7 +378,8 @@ def from_checkpoint_state(state: dict[str, Any]) -> tuple[PreTrainedModel, PreTr
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config.name_or_path = tokenizer.name_or_path = state["config"].get("_name_or_path", "")
-    model = AutoModelForCausalLM.from_config(config, dtype=state["config"]["dtype"]).eval()
+    options = {"dtype": dtype or state["config"]["dtype"]}
+    model = _load_model(base, options) if base else AutoModelForCausalLM.from_config(config, **options).eval()
     if type(model).__name__ != state["architecture"]:
         raise ValueError(
             f"the checkpoint holds a {state['architecture']}, but its config builds a {type(model).__name__}: "

@@ -76,7 +76,7 @@ class Policy(Actor):
         self.lr, self.weight_decay, self.schedule, self.warmup_steps = lr, weight_decay, schedule, warmup_steps
         self.epochs, self.minibatches, self.microbatch_tokens = epochs, minibatches, microbatch_tokens
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            (getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable)()
         self.token_terms = Forward(self.model)
         self.guard = Guard(max_non_finite)
         self._plan: list[list[Experience]] = []

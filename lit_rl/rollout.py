@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from hashlib import blake2b
 from random import Random
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import hooks, objectives, sharding
+from lit_rl import adapters, hooks, objectives, sharding
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
 from lit_rl.experience import Experience, Terms, build, concat
@@ -114,7 +115,8 @@ class Rollout(Policy):
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
         self._rewards = (0.0, 0)
         self.reference: nn.Module | None = None
-        if kl_coef:
+        self.reference_terms = self.token_terms  # the policy without its adapters, which are zero at first
+        if kl_coef and not adapters.at_start(self.model):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             self.reference_terms = Forward(self.reference)
 
@@ -134,8 +136,9 @@ class Rollout(Policy):
             x.logps = x.sampler_logps
         elif self.old_logps == "recompute" or self.epochs * self.minibatches > 1 or self.kl_in_reward:
             x.logps = self.logps_of(self.token_terms, x)  # else the loss takes its own, detached: the same numbers
-        if self.reference is not None:
-            x.ref_logps = self.logps_of(self.reference_terms, x)
+        if self.kl_coef:
+            with nullcontext() if self.reference is not None else adapters.disabled(self.model):
+                x.ref_logps = self.logps_of(self.reference_terms, x)
             if self.kl_in_reward and x.logps is not None:
                 x.rewards -= self.kl_coef * objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)

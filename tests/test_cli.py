@@ -12,7 +12,10 @@ from lit_rl import jsonl
 from lit_rl.__main__ import main
 from lit_rl.commands import recipe_paths
 
-RECIPES = [name for name, path in recipe_paths().items() if not path.read_text().startswith("# An overlay")]
+OVERLAYS = {name for name, path in recipe_paths().items() if path.read_text().startswith("# An overlay")}
+RECIPES = [[name] for name in recipe_paths() if name not in OVERLAYS] + [
+    ["grpo", name] for name in sorted(OVERLAYS - {"tiny"})
+]
 
 
 def run(capsys, *argv):
@@ -32,12 +35,19 @@ def fit(capsys, *argv):
     return text
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs_with_the_tiny_overlay(recipe, capsys):
-    fit(capsys, "--config", recipe, "--config", "tiny", "--trainer.max_steps", 2, "--run", "r")
+@pytest.mark.parametrize("recipes", RECIPES, ids="-".join)
+def test_every_recipe_runs_with_the_tiny_overlay(recipes, capsys):
+    fit(
+        capsys,
+        *(word for name in (*recipes, "tiny") for word in ("--config", name)),
+        "--trainer.max_steps",
+        2,
+        "--run",
+        "r",
+    )
     steps = [r for r in jsonl.read(Path("r/metrics.jsonl")) if "loss" in r]
     assert len(steps) == 2
-    assert (recipe == "sft") != Path("r/completions.jsonl").exists()
+    assert (recipes == ["sft"]) != Path("r/completions.jsonl").exists()
     assert Path("r/checkpoints/last.ckpt").exists()
     assert Path("r/config.yaml").exists()
 
@@ -167,7 +177,7 @@ def test_check_finds_a_bad_family_of_the_users_own(capsys, monkeypatch):
 
 def test_recipes_are_listed(capsys):
     _, text = run(capsys, "recipes")
-    assert [line.split()[0] for line in text.splitlines()] == sorted([*RECIPES, "tiny"])
+    assert [line.split()[0] for line in text.splitlines()] == sorted(recipe_paths())
     _, text = run(capsys, "recipes", "dapo")
     assert "model: DAPO" in text
 
