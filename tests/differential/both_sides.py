@@ -121,7 +121,6 @@ def trl(
     """
     from datasets import Dataset
     from transformers import LlamaForCausalLM, TrainerCallback
-
     from trl import GRPOConfig, GRPOTrainer
 
     taken: list[Step] = []
