@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lit_rl.generation.base import Completion, Sampling
 from lit_rl.generation.sampling import draw, uniforms
 
 GROWTH = 16  # columns that a full cache grows by, or an eighth of its length: reading past wide gaps is slow on a CPU
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of forward's argument and its output's field, newest first
 PADDING = 0.75  # prompts computed in one forward are at least this fraction of the longest among them
 
 Prompt = tuple[int, ...]
@@ -179,13 +181,13 @@ class Rows:
     def __init__(self, model: Any, prompts: list[tuple[Prompt, int]], pad: int, share: bool) -> None:
         """Compute these prompts, shortest first, each for so many rows."""
         self.model, self.mask = model, None
+        known = signature(model.forward).parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in known), "")
         growing = _growing(model)
         outs = [self._prefill(batch, pad, growing) for batch in _similar([prompt for prompt, _ in prompts])]
-        names = ("past_key_values", "cache_params")
-        self.cache_name = next((name for name in names if getattr(outs[0], name, None) is not None), "")
-        if not self.cache_name:
+        caches: list[Any] = [getattr(out, self.cache_name, None) for out in outs]
+        if caches[0] is None:
             raise ValueError(f"{type(model).__name__} keeps no key-value cache: the native generator needs one")
-        caches: list[Any] = [getattr(out, self.cache_name) for out in outs]
         logits = torch.cat([out.logits[:, -1] for out in outs])  # (P, V)
 
         lengths, samples = torch.tensor([(len(prompt), count) for prompt, count in prompts]).T.to(logits.device)
@@ -241,7 +243,8 @@ class Rows:
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch], device=device)
         position = torch.tensor([range(len(prompt) - width, len(prompt)) for prompt in batch], device=device)
         mask = None if len(batch[0]) == width else position >= 0
-        past = {"past_key_values": DynamicCache()} if growing else {}  # left to itself, a model makes what it needs
+        own = growing and self.cache_name  # else a model makes what it needs
+        past = {self.cache_name: DynamicCache()} if own else {}
         return self._forward(ids, position.clamp(min=0), mask, past)
 
     def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, past: dict[str, Any]) -> Any:
