@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rl.checks import require
+from lit_rl.checks import Spare, require
 from lit_rl.task import Task
 
 
@@ -53,6 +53,8 @@ class ResumableLoader(DataLoader[Task]):
     ) -> None:
         super().__init__(dataset, collate_fn=collate_fn, **kwargs)
         self.epoch_batches = epoch_batches
+        self.spare, self.left_out = Spare(), 0
+        """Tasks of the latest batch that could not be made."""
         self._done = 0
         self._skip = 0
 
@@ -62,7 +64,9 @@ class ResumableLoader(DataLoader[Task]):
         for i, indices in enumerate(self.batch_sampler):  # type: ignore[arg-type]
             if i >= skip:
                 self._done = i + 1
-                yield [self.dataset[j] for j in indices]
+                tasks = [t for t in self.spare("task", self.dataset.__getitem__, indices) if t is not None]
+                self.left_out = len(indices) - len(tasks)
+                yield tasks
 
     def state_dict(self) -> dict[str, int]:
         epoch = min(len(self), self.epoch_batches() if self.epoch_batches else len(self))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import nn
 
 from lit_rl import adapters, jsonl, models, ranks, run, sharding
 from lit_rl.adapters import LoRA
-from lit_rl.checks import require
+from lit_rl.checks import Spare, require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
 from lit_rl.scoring import Scorer
@@ -96,6 +97,7 @@ class Actor(L.LightningModule):
         self.evaluation = Evaluation()
         self.table = Table([])
         """Of the latest evaluation."""
+        self.spare = Spare()
         self.counts: dict[str, float] = {}
         """Events of one training step, such as prompts that are too long."""
         self.seconds: dict[str, float] = {}
@@ -111,13 +113,16 @@ class Actor(L.LightningModule):
     def encode(self, tasks: list[Task], room: int) -> tuple[list[Task], list[list[int]]]:
         """The tasks whose prompts leave `room` tokens of the model's context, and those prompts. The rest is counted."""
         limit = models.context_length(self.model) - room
-        prompts = [models.encode_prompt(self.tokenizer, task.prompt, self.chat) for task in tasks]
+        encode = partial(models.encode_prompt, self.tokenizer, chat=self.chat)
+        prompts = [ids or [] for ids in self.spare("prompt", encode, [task.prompt for task in tasks])]
+        if empty := prompts.count([]):
+            self.count("skipped/prompt_empty", empty)
         fit = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= limit]
-        if len(fit) < len(tasks):
-            self.count("skipped/prompt_too_long", len(tasks) - len(fit))
+        if too_long := sum(len(prompt) > limit for prompt in prompts):
+            self.count("skipped/prompt_too_long", too_long)
             longest = max(map(len, prompts))
             rank_zero_warn(
-                f"left out {len(tasks) - len(fit)} of {len(tasks)} prompts: the longest has {longest} tokens, and the model's"
+                f"left out {too_long} of {len(tasks)} prompts: the longest has {longest} tokens, and the model's"
                 f" context of {limit + room} leaves {limit} beside {room} for the response. Lower the tasks' level or"
                 " sampling.max_new_tokens. Counted as skipped/prompt_too_long; this message comes once."
             )

@@ -125,6 +125,8 @@ class Policy(Actor):
                 f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
             )
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
+        if left_out := getattr(self.trainer.train_dataloader, "left_out", 0):
+            self.count("skipped/task_failed", left_out)
         self._places = {id(task): (0, i) for i, task in enumerate(batch)}
         with sharding.gathered(self.model):
             self.token_terms.check(self.device)

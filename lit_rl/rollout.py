@@ -233,7 +233,9 @@ class Rollout(Policy):
         key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}"
         rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
         drawn = rng.sample(range(len(data)), min(n * self.trainer.world_size, len(data)))
-        tasks = [data[i] for i in drawn[self.global_rank :: self.trainer.world_size]]
+        mine = drawn[self.global_rank :: self.trainer.world_size]
+        tasks = [task for task in self.spare("task", data.__getitem__, mine) if task is not None]
+        self.count("skipped/task_failed", len(mine) - len(tasks))
         self._places |= {id(task): (round_, i) for i, task in enumerate(tasks)}
         return tasks
 

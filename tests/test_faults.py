@@ -15,9 +15,11 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from test_policy import Letters, policy, trainer, weights
 
-from lit_rl import RLCallback, jsonl
+from lit_rl import RLCallback, Task, jsonl
 from lit_rl.__main__ import main
 from lit_rl.callbacks import Completions
+from lit_rl.methods.dapo import DAPO
+from lit_rl.rollout import Rollout
 from lit_rl.run import RunLogger
 from lit_rl.scoring import Scorer
 
@@ -208,7 +210,7 @@ def test_weights_that_have_diverged_end_the_run_and_leave_its_records(monkeypatc
     monkeypatch.syspath_prepend(".")
     Path("breaks.py").write_text(BREAK)
     saves = ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.callbacks+=breaks.Break"]
-    with pytest.raises(ValueError, match="not finite: the model has diverged"):
+    with pytest.raises(FloatingPointError, match="not finite: the model has diverged"):
         main([*TINY, *saves, "--trainer.limit_val_batches", "0", "--run", "r"])
     assert [row["step"] for row in steps("r")] == [0, 1]
     assert len(jsonl.read(Path("r/completions.jsonl"))) == 2 * 64
@@ -371,3 +373,75 @@ def test_records_are_whole_lines_whatever_happens():
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.stat().st_size == size, "nothing of them is left"
+
+
+# ---------------------------------------------------------------- data
+
+
+class Odd(Letters):
+    """Of each four tasks, one cannot be made, one is refused by the chat template, and one has no prompt."""
+
+    def tasks(self, split):
+        tasks = super().tasks(split)
+        tasks[1::4] = [Task("refused", tasks[0].score)] * 16
+        tasks[2::4] = [Task("", tasks[0].score)] * 16
+
+        class Items:
+            def __len__(self):
+                return len(tasks)
+
+            def __getitem__(self, index):
+                if index % 4 == 3:
+                    raise KeyError("no column 'question'")
+                return tasks[index]
+
+        return Items()
+
+
+@pytest.mark.parametrize("method", [Rollout, DAPO])
+def test_tasks_that_cannot_be_made_or_asked_are_left_out_and_counted(method):
+    module, states = policy(method), States()
+    module.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'refused' %}{{ raise_exception('roles must alternate') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match="left out") as warned:
+        trainer(max_steps=2, callbacks=[states]).fit(module, Odd())
+    said = {str(w.message) for w in warned}
+    assert "task 3 failed (KeyError: \"no column 'question'\") and is left out" in said
+    assert "prompt refused failed (TemplateError: roles must alternate) and is left out" in said
+    first = states.metrics[1]
+    assert first["skipped/prompt_empty"] >= 2
+    assert first["skipped/task_failed"] >= 1
+    assert first["skipped/prompt_empty"] + first["skipped/task_failed"] >= 3
+    assert not torch.equal(*states.seen)
+
+
+def test_tasks_that_fail_one_after_another_are_an_error():
+    class Broken(Letters):
+        def tasks(self, split):
+            return self
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            raise OSError("the share is gone")
+
+    module = policy()
+    before = weights(module).clone()
+    with pytest.raises(RuntimeError, match=r"task 19 failed \(OSError: the share is gone\), as 20 did in a row"):
+        trainer(max_steps=9).fit(module, Broken())
+    assert torch.equal(before, weights(module))
+
+
+def test_completions_without_a_word_are_scored_as_such():
+    class Watch(RLCallback):
+        def on_rollout(self, trainer, module, x):
+            assert x.texts == [""] * 16
+            assert (x.response_lengths == 1).all()
+
+    module = policy()
+    module.generator.eos = list(range(len(module.tokenizer)))  # whatever comes first ends the response
+    module.decode = module.generator.decode = lambda tokens: ""
+    trainer(max_steps=1, callbacks=[Watch()]).fit(module, Letters())

@@ -452,7 +452,7 @@ def test_errors() -> None:
     assert len(sample(model, [[1, 2, 3]], [[1]], max_new_tokens=93)[0][0].tokens) == 93
     with torch.no_grad():
         nn.init.constant_(model.lm_head.weight, math.nan)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         sample(model, [[1, 2, 3]], [[1]], max_new_tokens=3)
     with pytest.raises(ValueError, match="keeps no key-value cache"):
         sample(build(OpenAIGPTConfig(**GPT2)), [[1]], [[1]], max_new_tokens=3)

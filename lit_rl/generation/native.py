@@ -65,7 +65,8 @@ class NativeGenerator:
 
         A completion depends on the weights, its prompt and its seed, and on what it is batched with only as far as the
         rounding of the model's sums does. Raises RuntimeError before `sync`; ValueError for an empty prompt, for one
-        that leaves too few positions, for logits that are not finite and for a model without a key-value cache.
+        that leaves too few positions and for a model without a key-value cache; FloatingPointError for logits that are
+        not finite.
         """
         self._check(prompts, seeds, sampling)
         places: dict[Prompt, list[Place]] = {}
@@ -143,7 +144,7 @@ class NativeGenerator:
 
         live, *columns = (torch.cat(column).cpu() for column in zip(*steps, strict=True))
         if not columns[1].isfinite().all():
-            raise ValueError("log-probabilities are not finite: the model has diverged or its logits overflow")
+            raise FloatingPointError("log-probabilities are not finite: the model has diverged or its logits overflow")
         order, lengths = live.argsort(stable=True), live.bincount().tolist()
         for place, *parts in zip(places, *(column[order].split(lengths) for column in columns), strict=True):
             tokens, logps, log_kept, done = (part.clone() for part in parts)  # or each would keep all rows in memory
