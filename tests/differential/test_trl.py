@@ -13,7 +13,9 @@ from functools import partial
 
 import pytest
 import torch
-from both_sides import GROUP, MAX_TOKENS, Record, Row, Step, lit, make, trl
+from both_sides import GROUP, MAX_TOKENS, Row, Step, make
+from lit_side import Record, lit
+from trl_side import trl
 
 from lit_rl import RLCallback, objectives
 from lit_rl.advantage import ADVANTAGES, grpo, lite_ppo
