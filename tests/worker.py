@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rl import RLCallback, Sampling, Task, sharding
+from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov
 from lit_rl.cli import METHODS
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
@@ -134,7 +135,7 @@ def policy(method="GRPO", **kwargs):
 def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fit=(), **kwargs):
     """What training does, whatever ranks it is divided between; and under "own" what belongs to this rank."""
     record, module = Record(), policy(method, **dict(settings))
-    run = trainer(ranks, strategy, callbacks=[record, *callbacks], **kwargs)
+    run = trainer(ranks, strategy, callbacks=[record, *(make() for make in callbacks)], **kwargs)
     before = flat(module.model.parameters())
     run.fit(module, data(ranks) if callable(data) else Letters(ranks, **dict(data)), **dict(fit))
     own = {"tasks": record.tasks, "slices": record.slices, "gathers": record.gathers}
@@ -167,6 +168,9 @@ EQUAL |= {
     "uneven minibatches": case(data={"long": (3, 5)}, settings={"minibatches": 2, "old_logps": "recompute"}),
     "further rounds": case(method="DAPO", data={"dull": (0, 1, 3, 4, 5, 7)}, settings={"minibatches": 2}),
     "equal prompts": case(method="DAPO", data=Same, settings={"group": 4}),
+    "ClipCov": case(settings={"epochs": 2}, callbacks=[lambda: ClipCov(0.1, low=0.1, high=1.5)]),
+    "KLCov": case(settings={"epochs": 2}, callbacks=[lambda: KLCov(0.2)]),
+    "EntropyLaw": case(callbacks=[EntropyLaw], max_steps=6),
     "three epochs": case(method="SFT", data={"n": 10, "shuffle": True}, max_epochs=3, max_steps=-1),
 }
 
