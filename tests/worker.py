@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rl import RLCallback, Sampling, Task, sharding
+from lit_rl import RLCallback, Sampling, Task, Verdict, sharding
+from lit_rl.callbacks import MajorityVote, OffPolicyMixing
 from lit_rl.cli import METHODS
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
@@ -39,6 +40,21 @@ class Letters(TaskData):
             return Task(prompt, right, [f"<answer>{i}</answer>", "no"], id=str(i))
 
         return [task(i) for i in range(self.n)]
+
+
+class Answers(Letters):
+    """Responses have answers to vote over, and no prompt of the second rank fits."""
+
+    def __init__(self, ranks):
+        super().__init__(ranks, long=range(1, 32, 2))
+
+    def tasks(self, split):
+        tasks = super().tasks(split)
+        for task in tasks:
+            task.score = lambda text: Verdict(
+                text[:1] < "N", float(text[:1] < "N"), "early" if text[:1] < "N" else "late"
+            )
+        return tasks
 
 
 class Same(Letters):
@@ -167,6 +183,7 @@ EQUAL |= {
     "uneven minibatches": case(data={"long": (3, 5)}, settings={"minibatches": 2, "old_logps": "recompute"}),
     "further rounds": case(method="DAPO", data={"dull": (0, 1, 3, 4, 5, 7)}, settings={"minibatches": 2}),
     "equal prompts": case(method="DAPO", data=Same, settings={"group": 4}),
+    "votes and demonstrations": case(data=Answers, callbacks=[MajorityVote(samples=4), OffPolicyMixing()]),
     "three epochs": case(method="SFT", data={"n": 10, "shuffle": True}, max_epochs=3, max_steps=-1),
 }
 
