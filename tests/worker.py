@@ -43,10 +43,10 @@ class Letters(TaskData):
 
 
 class Answers(Letters):
-    """Responses have answers to vote over, and no prompt of the second rank fits."""
+    """Responses have answers to vote over, and at first no prompt of the second rank fits."""
 
     def __init__(self, ranks):
-        super().__init__(ranks, long=range(1, 32, 2))
+        super().__init__(ranks, long=(1, 3))
 
     def tasks(self, split):
         tasks = super().tasks(split)
