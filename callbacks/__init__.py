@@ -4,6 +4,17 @@ from .completions import Completions
 from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
 from .entropy_law import EntropyLaw
+from .off_policy import OffPolicyMixing
 from .rollout_stats import RolloutStats
+from .voting import MajorityVote
 
-__all__ = ["ClipCov", "Completions", "EntropyLaw", "EntropyMonitor", "KLCov", "RolloutStats"]
+__all__ = [
+    "ClipCov",
+    "Completions",
+    "EntropyLaw",
+    "EntropyMonitor",
+    "KLCov",
+    "MajorityVote",
+    "OffPolicyMixing",
+    "RolloutStats",
+]

@@ -26,6 +26,7 @@ COLUMNS = [
     "advantage",
     "mean_logp",
     "tokens",
+    "off_policy",
 ]
 
 
@@ -83,7 +84,7 @@ class Completions(RLCallback):
         mean_logps = (logps.sum(1) / tokens).tolist() if logps is not None else [None] * len(x)
         result = []
         for i, (g, text, verdict) in enumerate(zip(x.group.tolist(), x.texts, x.verdicts, strict=True)):
-            task = x.tasks[g]
+            task, given = x.tasks[g], bool(x.off_policy[i])
             values = [
                 step,
                 task.family,
@@ -95,8 +96,9 @@ class Completions(RLCallback):
                 verdict.reason,
                 float(x.rewards[i]),
                 advantages[i],
-                mean_logps[i],
+                None if given else mean_logps[i],
                 int(x.response_lengths[i]),
+                given,
             ]
             result.append(dict(zip(COLUMNS, values, strict=True)))
         return result

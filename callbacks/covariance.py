@@ -24,9 +24,10 @@ class Covariance(RLCallback):
 
     c = (A - mean A)(log pi - mean log pi)          (Cui et al. 2025, arXiv 2505.22617)
 
-    with the current policy's log-probabilities, from one more forward without gradient. The tokens are those of rows with
-    an advantage: the paper drops groups without signal first. The authors' code takes the means, and makes its choice, in
-    each micro-batch of each GPU; here neither the split into slices nor the number of ranks plays a part.
+    with the current policy's log-probabilities, from one more forward without gradient. The tokens are those of the
+    policy's own rows with an advantage: the paper drops groups without signal first. The authors' code takes the means, and
+    makes its choice, in each micro-batch of each GPU; here neither the split into slices nor the number of ranks plays a
+    part.
 
     Logs, each step, under the callback's name:
     - covariance, the mean of c, and selected, the share of tokens that were treated;
@@ -78,7 +79,8 @@ class Covariance(RLCallback):
             assert part.advantages is not None
             with policy.precision():
                 terms = policy.terms(part.to(policy.device))
-            mask = (part.weights != 0) & (part.advantages != 0).any(1, keepdim=True)
+            rows = (part.advantages != 0).any(1) & ~part.off_policy
+            mask = (part.weights != 0) & rows[:, None]
             assert terms.clipped is not None
             numbers = terms.logps, part.advantages, terms.entropy, terms.clipped
             columns.append([v.cpu()[mask].double() for v in numbers])

@@ -21,7 +21,7 @@ SAMPLE = 2**20
 
 
 class RolloutStats(RLCallback):
-    """Logs, each step:
+    """Logs, each step, of the responses that the policy sampled:
 
     - reward/FAMILY, and reward_std, with whatever shaping the rewards have;
     - groups/no_signal (no advantage, hence no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
@@ -44,7 +44,7 @@ class RolloutStats(RLCallback):
         self._start = time.perf_counter()
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
-        x = experience
+        x = experience.rows(~experience.off_policy)
         if not len(x):
             return
         assert x.advantages is not None
@@ -63,7 +63,7 @@ class RolloutStats(RLCallback):
             "length/max": float(lengths.max()),
             "length/truncated": float(x.truncated.float().mean()),
         }
-        if x.sampler_logps is not None and x.logps is not None and x.logps is not x.sampler_logps:
+        if x.sampler_logps is not None and x.logps is not None and experience.logps is not experience.sampler_logps:
             gap = (x.logps - x.sampler_logps)[x.mask].abs()
             self._numbers |= {"mismatch/mean": float(gap.mean()), "mismatch/max": float(gap.max())}
         families: dict[str, list[float]] = defaultdict(list)
@@ -73,7 +73,7 @@ class RolloutStats(RLCallback):
         self._numbers |= {f"reward/{name}": mean(values) for name, values in families.items()}
 
     def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
-        counted = terms.weights != 0
+        counted = (terms.weights != 0) & ~experience.off_policy[:, None]
         self._tokens += int(counted.sum())
         if terms.clipped is not None:
             self._clipped += int((terms.clipped & counted).sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -83,12 +83,20 @@ class TaskData(L.LightningDataModule):
         batch_size: Tasks a step and rank, in training.
         eval_batch_size: Tasks at a time in evaluation; None is `batch_size`.
         shuffle: Whether the training order is drawn anew each epoch.
+        predict: The split that `predict` answers; "train" makes demonstrations for the OffPolicyMixing callback.
     """
 
-    def __init__(self, batch_size: int = 32, eval_batch_size: int | None = None, shuffle: bool = False) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        shuffle: bool = False,
+        predict: Literal["train", "validation", "test"] = "test",
+    ) -> None:
         super().__init__()
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.batch_size, self.eval_batch_size, self.shuffle = batch_size, eval_batch_size or batch_size, shuffle
+        self.predict = predict
 
     def tasks(self, split: str) -> Any:
         """The tasks of "train", "validation" or "test"; anything with a length and indices."""
@@ -117,4 +125,4 @@ class TaskData(L.LightningDataModule):
         return Turns(len(tasks), world_size, rank, **kwargs) if kwargs.get("shuffle") or world_size > 1 else None
 
     def predict_dataloader(self) -> DataLoader[Task]:
-        return self.test_dataloader()
+        return ResumableLoader(self.tasks(self.predict), batch_size=self.eval_batch_size)

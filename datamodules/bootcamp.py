@@ -44,7 +44,7 @@ class Bootcamp(TaskData):
             `promote_at` of its last `window` responses at the current level are right. Training only.
         promote_at: Share of right responses.
         window: Responses that are looked at.
-        batch_size: As in TaskData; so are the rest.
+        kwargs: As in TaskData.
     """
 
     def __init__(
@@ -60,10 +60,9 @@ class Bootcamp(TaskData):
         adaptive: bool = False,
         promote_at: float = 0.9,
         window: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size)
+        super().__init__(**kwargs)
         self.weights = _resolve(families)
         low, high = (level, level) if isinstance(level, int) else tuple(level)
         if low > high:
@@ -92,10 +91,13 @@ class Bootcamp(TaskData):
             return
         outcomes = [
             (task.family, task.meta.get("level"), verdict.correct)
-            for task, verdict in zip(
-                (experience.tasks[g] for g in experience.group.tolist()), experience.verdicts, strict=True
+            for task, verdict, given in zip(
+                (experience.tasks[g] for g in experience.group.tolist()),
+                experience.verdicts,
+                experience.off_policy.tolist(),
+                strict=True,
             )
-            if verdict.valid
+            if verdict.valid and not given
         ]
         for name, level, correct in (outcome for part in ranks.gather(outcomes) for outcome in part):
             if level == self.current.get(name):

@@ -56,7 +56,7 @@ class ReasoningGym(TaskData):
         val_size: Validation tasks.
         test_size: Test tasks.
         seed: Of the training tasks; the held-out ones are always the same.
-        batch_size: As in TaskData; so are the rest.
+        kwargs: As in TaskData.
     """
 
     def __init__(
@@ -67,10 +67,9 @@ class ReasoningGym(TaskData):
         val_size: int = 200,
         test_size: int = 400,
         seed: int = 0,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size)
+        super().__init__(**kwargs)
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:

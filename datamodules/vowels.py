@@ -13,9 +13,10 @@ LETTERS = "aeiou"
 
 
 def share_of_vowels(text: str) -> Verdict:
-    """The share of vowels among the response's characters; right from nine tenths on."""
-    share = sum(c in LETTERS for c in text) / max(1, len(text))
-    return Verdict(share >= 0.9, share, None, "" if share >= 0.9 else f"{share:.0%} vowels")
+    """The share of vowels among the response's characters; right from nine tenths on. Its answer is the first of them."""
+    vowels = [c for c in text if c in LETTERS]
+    share = len(vowels) / max(1, len(text))
+    return Verdict(share >= 0.9, share, vowels[0] if vowels else None, "" if share >= 0.9 else f"{share:.0%} vowels")
 
 
 class Vowels(TaskData):
@@ -24,13 +25,11 @@ class Vowels(TaskData):
     Args:
         size: Training tasks.
         eval_size: Validation tasks, and as many for test.
-        batch_size: As in TaskData; so are the rest.
+        batch_size: As in TaskData; so are all further arguments.
     """
 
-    def __init__(
-        self, size: int = 10_000, eval_size: int = 16, batch_size: int = 8, eval_batch_size: int | None = None
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size)
+    def __init__(self, size: int = 10_000, eval_size: int = 16, *, batch_size: int = 8, **kwargs: Any) -> None:
+        super().__init__(batch_size, **kwargs)
         self.sizes = {"train": size, "validation": eval_size, "test": eval_size}
 
     def tasks(self, split: str) -> Any:

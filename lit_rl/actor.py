@@ -161,18 +161,16 @@ class Actor(L.LightningModule):
         self.sampled_tokens += sum(len(c.tokens) for group in completions for c in group)
         return tasks, prompts, completions
 
-    def score(self, tasks: list[Task], completions: list[list[Completion]]) -> list[list[Verdict]]:
-        """A verdict a completion; a task without a scorer is an error."""
-        for task in tasks:
+    def score(self, tasks: list[Task], texts: list[str]) -> list[Verdict]:
+        """The verdict on each text, a response to the task at its place; a task without a scorer is an error."""
+        items = []
+        for task, text in zip(tasks, texts, strict=True):
             if task.score is None:
                 raise ValueError(f"the task {task.key()[:80]!r} has no `score`: only SFT can use it")
-        items = [
-            (task.score, c.text) for task, group in zip(tasks, completions, strict=True) for c in group if task.score
-        ]
+            items.append((task.score, text))
         with self.clock("score"):
-            flat = iter(self.scorer(items))
-        verdicts = [[next(flat) for _ in group] for group in completions]
-        if failed := [v for group in verdicts for v in group if not v.valid]:
+            verdicts = self.scorer(items)
+        if failed := [v for v in verdicts if not v.valid]:
             self.count("skipped/verifier_failed", len(failed))
             rank_zero_warn(
                 f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}"
@@ -217,9 +215,11 @@ class Actor(L.LightningModule):
 
     def evaluate(self, tasks: list[Task]) -> None:
         kept, _, completions = self.respond(tasks, self.eval_samples, "eval", self.eval_sampling)
-        verdicts = self.score(kept, completions)
-        for task, group, judged in zip(kept, completions, verdicts, strict=True):
-            self.evaluation.update(task.family or "all", judged, [len(c.tokens) for c in group])
+        pairs = [(task, c) for task, group in zip(kept, completions, strict=True) for c in group]
+        verdicts = iter(self.score([task for task, _ in pairs], [c.text for _, c in pairs]))
+        for task, group in zip(kept, completions, strict=True):
+            judged, lengths = [next(verdicts) for _ in group], [len(c.tokens) for c in group]
+            self.evaluation.update(task.family or "all", judged, lengths)
 
     def on_validation_start(self) -> None:
         sharding.gather(self.model)  # once for all batches: ranks may have different numbers of them
@@ -252,13 +252,14 @@ class Actor(L.LightningModule):
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""
         kept, _, completions = self.respond(batch, self.eval_samples, "eval", self.eval_sampling)
-        judged = self.score(kept, completions) if all(task.score for task in kept) else None
-        return [
-            {"task": task.id, "family": task.family, "prompt": task.text(), "response": completion.text}
-            | ({"verdict": vars(judged[g][i])} if judged else {})
-            for g, (task, group) in enumerate(zip(kept, completions, strict=True))
-            for i, completion in enumerate(group)
+        pairs = [(task, c.text) for task, group in zip(kept, completions, strict=True) for c in group]
+        records: list[dict[str, Any]] = [
+            {"task": task.id, "family": task.family, "prompt": task.text(), "response": text} for task, text in pairs
         ]
+        if all(task.score for task in kept):
+            verdicts = self.score([task for task, _ in pairs], [text for _, text in pairs])
+            records = [record | {"verdict": vars(v)} for record, v in zip(records, verdicts, strict=True)]
+        return records
 
     def on_predict_start(self) -> None:
         sharding.gather(self.model)

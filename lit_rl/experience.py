@@ -39,6 +39,9 @@ class Experience:
     """(N,) bool: False where the verifier failed; such rows count nowhere."""
     truncated: Tensor
     """(N,) bool: the response ended at the length limit."""
+    off_policy: Tensor
+    """(N,) bool: the policy did not sample this row (a demonstration), so it says nothing of the policy's success. Its
+    `sampler_logps` are 0."""
     logps: Tensor | None = None
     """(N, T) float32: log-probabilities under the policy that the ratio is taken against."""
     sampler_logps: Tensor | None = None
@@ -87,10 +90,23 @@ class Experience:
         part.tasks = [self.tasks[g] for g in wanted.tolist()]
         return part
 
+    def first(self, n: int, among: Tensor | None = None) -> Tensor:
+        """(N,) bool: the first n rows of each group, of all or of those `among`."""
+        taken = torch.zeros(len(self), dtype=torch.bool)
+        for g in self.group.unique().tolist():
+            members = self.group == g if among is None else (self.group == g) & among
+            taken[members.nonzero().flatten()[:n]] = True
+        return taken
+
+    def keep(self, index: Tensor | Sequence[int]) -> None:
+        """Lets go of all other rows, in place; `index` is as in `rows`. Groups and tasks stay."""
+        vars(self).update(vars(self.rows(index)))
+
     def add(self, other: Experience) -> None:
         """Takes in rows of the same groups, in place; each group's new rows follow its old ones.
 
-        Columns that only one side has are filled with zeros (False) on the other. Raises ValueError for an unknown group.
+        Columns that only one side has are filled with zeros (False) on the other, texts with "", verdicts with invalid ones.
+        Raises ValueError for an unknown group.
         """
         if len(other) and not 0 <= int(other.group.min()) <= int(other.group.max()) < len(self.tasks):
             raise ValueError(
@@ -112,12 +128,16 @@ class Experience:
         names = self.tensors().keys() | other.tensors().keys()
         joined = {k: join(getattr(self, k), getattr(other, k)) for k in names}
         extra = {k: join(self.extra.get(k), other.extra.get(k)) for k in self.extra.keys() | other.extra.keys()}
-        texts, verdicts = self.texts + other.texts, self.verdicts + other.verdicts
+
+        def join_lists(mine: list[Any], theirs: list[Any], blank: Any) -> list[Any]:
+            both = (mine or [blank] * len(self)) + (theirs or [blank] * len(other))
+            return [both[i] for i in order.tolist()] if mine or theirs else []
+
+        texts = join_lists(self.texts, other.texts, "")
+        verdicts = join_lists(self.verdicts, other.verdicts, Verdict.invalid("not judged"))
         for name, value in joined.items():
             setattr(self, name, value)
-        self.extra = extra
-        self.texts = [texts[i] for i in order.tolist()] if texts else []
-        self.verdicts = [verdicts[i] for i in order.tolist()] if verdicts else []
+        self.extra, self.texts, self.verdicts = extra, texts, verdicts
 
     def to(self, device: torch.device | str) -> Experience:
         moved = {k: v.to(device) for k, v in self.tensors().items()}
@@ -159,6 +179,7 @@ def build(
         torch.zeros(len(lengths)),
         torch.ones(len(lengths), dtype=torch.bool),
         torch.zeros(len(lengths), dtype=torch.bool),
+        torch.zeros(len(lengths), dtype=torch.bool),
         tasks=tasks,
     )
 
@@ -185,6 +206,16 @@ class Terms:
     log_ratio: Tensor | None = None
     clipped: Tensor | None = None
     """bool: where the objective's clip cuts the gradient."""
+    surrogate: Tensor | None = None
+    """The policy-gradient part of `loss`, which also holds divergence and entropy."""
+
+    def replace(self, where: Tensor, surrogate: Tensor) -> None:
+        """For `on_loss`: another policy-gradient loss, without a clip, at the tokens `where`; the other parts stay."""
+        assert self.surrogate is not None
+        self.loss = self.loss + torch.where(where, surrogate - self.surrogate, 0.0)
+        self.surrogate = torch.where(where, surrogate, self.surrogate)
+        if self.clipped is not None:
+            self.clipped = self.clipped & ~where
 
     def total(self) -> Tensor:
         # where, not times: a padding position's garbage must not reach the sum

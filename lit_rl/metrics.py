@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_rl.task import Verdict
+from lit_rl.voting import vote
 
 NAME_BYTES = 64
 
@@ -25,12 +25,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def majority(verdicts: Sequence[Verdict]) -> bool:
-    """Whether the most frequent answer is right. Blanks do not vote; of equally frequent answers the first seen wins."""
-    votes = Counter(v.answer for v in verdicts if v.valid and v.answer is not None)
-    if not votes:
-        return False
-    winner = max(votes, key=lambda answer: votes[answer])
-    return any(v.correct for v in verdicts if v.answer == winner)
+    """Whether the most frequent answer is right, by `voting.vote`."""
+    wins = vote([v.answer for v in verdicts], [0] * len(verdicts), [float(v.valid) for v in verdicts]).wins
+    return any(v.correct for v, won in zip(verdicts, wins, strict=True) if won)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

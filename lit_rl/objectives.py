@@ -178,6 +178,16 @@ def nft(log_ratio: Tensor, advantages: Tensor, rate: Tensor, epsilon: float) -> 
     return Objective(torch.where(advantages < 0, unlearn, -advantages * log_ratio), clipped)
 
 
+def luffy(logps: Tensor, advantages: Tensor, mask: Tensor, gamma: float | None = 0.1) -> Objective:
+    """LUFFY's policy shaping, for tokens that another policy wrote: L = -A f(p), f(p) = p / (p + gamma), p the token's
+    probability; the behaviour's is taken to be one (arXiv 2504.14945).
+
+    The gradient is largest where p = gamma, so that unlikely tokens are learned first. gamma None: f(p) = p.
+    """
+    p = _inside(logps, mask).exp()
+    return Objective(-advantages * (p if gamma is None else p / (p + gamma)), torch.zeros_like(p, dtype=torch.bool))
+
+
 def kl(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: Literal["k1", "k2", "k3", "k3+"] = "k3") -> Tensor:
     """Estimates of KL(policy || reference) at each token, with d = ref - logp (Schulman, kl-approx). -> (N, T)
 

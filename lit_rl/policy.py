@@ -94,15 +94,19 @@ class Policy(Actor):
         """The loss of one slice: a sum over its tokens, already weighted. Slices of a minibatch add up."""
         raise NotImplementedError
 
-    def demonstrations(self, tasks: list[Task]) -> Experience:
-        """The tasks' known responses as rows; those that do not fit the model's context are left out and counted."""
+    def demonstrations(self, tasks: list[Task], longest: int | None = None) -> Experience:
+        """The tasks' known responses as off-policy rows; those of more than `longest` tokens, and those that do not fit the
+        model's context, are left out and counted."""
         tasks, prompts = self.encode(tasks, 1)
         limit = models.context_length(self.model)
         rows = []
         for g, (task, prompt) in enumerate(zip(tasks, prompts, strict=True)):
+            _, think, space = self.tokenizer.decode(prompt[-8:]).rpartition("<think>")
             for i, text in enumerate(task.responses):
+                if think and not space.strip():  # the chat template has begun the thinking already
+                    text = text.removeprefix(think).removeprefix(space)
                 response = models.encode_response(self.tokenizer, text, self.eos)
-                if response and len(prompt) + len(response) <= limit:
+                if response and len(response) <= min(longest or limit, limit - len(prompt)):
                     rows.append((prompt, response, g, task.rewards[i] if task.rewards else 1.0, text))
                 else:
                     self.count("skipped/response_too_long")
@@ -110,6 +114,7 @@ class Policy(Actor):
             [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows], tasks, self.tokenizer.pad_token_id or 0
         )
         x.rewards, x.texts = torch.tensor([r[3] for r in rows], dtype=torch.float32), [r[4] for r in rows]
+        x.off_policy = torch.ones(len(x), dtype=torch.bool)
         return x
 
     def on_fit_start(self) -> None:

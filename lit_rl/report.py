@@ -186,6 +186,7 @@ def samples(path: Path) -> str:
             del steps[list(steps)[1]]
     result = []
     for step, found in steps.items():
+        found = [r for r in found if not r.get("off_policy")]
         right = sum(r.get("correct") is True for r in found)
         result.append(f"<h3>Step {escape(step)}: {right} of {len(found)} responses right</h3>")
         for mark in (True, False, None):

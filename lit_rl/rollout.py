@@ -124,7 +124,8 @@ class Rollout(Policy):
 
     def collect(self, tasks: list[Task]) -> Experience:
         x = self.sample(tasks)
-        self._rewards = (float(x.rewards[x.valid].sum()), int(x.valid.sum()))
+        own = x.valid & ~x.off_policy
+        self._rewards = (float(x.rewards[own].sum()), int(own.sum()))
         if not len(x) and self.trainer.world_size == 1:
             return x
         if round(self.overlong_buffer * self.sampling.max_new_tokens):
@@ -140,7 +141,8 @@ class Rollout(Policy):
             with nullcontext() if self.reference is not None else adapters.disabled(self.model):
                 x.ref_logps = self.logps_of(self.reference_terms, x)
             if self.kl_in_reward and x.logps is not None:
-                x.rewards -= self.kl_coef * objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
+                divergence = objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
+                x.rewards -= self.kl_coef * torch.where(x.off_policy, 0.0, divergence)  # of the policy's own samples
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
         hooks.call(self.trainer, "on_advantage", x)
         if self.mask_truncated:
@@ -158,7 +160,8 @@ class Rollout(Policy):
 
         The batch is that of all ranks, and holds the first such groups, on whatever rank they are: as one process would.
         Fewer than a full batch after `max_rounds` is counted, and trained on. When there is none at all, training stops
-        if every response was right (there is nothing left to learn), and RuntimeError is raised otherwise.
+        if every response was right, which is to say rewarded with 1 (there is nothing left to learn), and RuntimeError is
+        raised otherwise.
         """
         if not self.dynamic_sampling:
             return self.round(tasks)
@@ -169,7 +172,7 @@ class Rollout(Policy):
             x = concat(x, self.informative(drawn))
             rounds, found = rounds + 1, int(self.sum_over_ranks(len(x.tasks)))
             tried += len(drawn)
-            right += sum(verdict.correct for verdict in drawn.verdicts)
+            right += int((drawn.rewards >= 1).sum())
         if self.trainer.is_global_zero:
             self.count("dynamic_sampling/rounds", rounds)
             self.count("dynamic_sampling/missing", max(0, wanted - found))
@@ -200,9 +203,8 @@ class Rollout(Policy):
             tasks,
             self.tokenizer.pad_token_id or 0,
         )
-        verdicts = self.score(tasks, completions)
-        x.verdicts = [v for group in verdicts for v in group]
         x.texts = [c.text for c in flat]
+        x.verdicts = self.score([tasks[g] for g in index], x.texts)
         x.rewards = torch.tensor([v.score for v in x.verdicts], dtype=torch.float32)
         x.valid = torch.tensor([v.valid for v in x.verdicts], dtype=torch.bool)
         x.truncated = torch.tensor([c.finish == "length" for c in flat], dtype=torch.bool)
@@ -286,13 +288,13 @@ class Rollout(Policy):
         loss, clipped = self.surrogate(log_ratio, logps, x)
         if self.tis_cap is not None and x.sampler_logps is not None:
             loss = loss * objectives.truncated_importance(old, x.sampler_logps, x.mask, level="token", cap=self.tis_cap)
+        surrogate = loss
         if x.ref_logps is not None and not self.kl_in_reward:
             loss = loss + self.kl_coef * objectives.kl(logps, x.ref_logps, x.mask, self.kl_estimator)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
-        return Terms(
-            logps, entropy if self.entropy_coef else entropy.detach(), loss, x.weights, log_ratio.detach(), clipped
-        )
+        entropy = entropy if self.entropy_coef else entropy.detach()
+        return Terms(logps, entropy, loss, x.weights, log_ratio.detach(), clipped, surrogate)
 
     def surrogate(self, log_ratio: Tensor, logps: Tensor, x: Experience) -> objectives.Objective:
         """(N, T) loss and where its clip is active. What a method with another objective overrides."""

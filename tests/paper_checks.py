@@ -1,18 +1,24 @@
 """The checks of reference vectors that belong to a paper's callback or method. tests/test_vectors.py calls them."""
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from vector_checks import Check, Unanswered, assert_close, guard, tensor
+from vector_checks import Check, Unanswered, assert_close, guard, reference_weights, tensor
 
 from lit_rl import ranks
-from lit_rl.advantage import dr_grpo
-from lit_rl.callbacks import ClipCov, KLCov
+from lit_rl.advantage import dr_grpo, grpo
+from lit_rl.callbacks import ClipCov, KLCov, MajorityVote, OffPolicyMixing
 from lit_rl.callbacks.covariance import Covariance, covariance, penalty
+from lit_rl.datamodules.families.answers import AnswerError, Integer
 from lit_rl.entropy_law import fit
+from lit_rl.experience import Experience, Terms, build
 from lit_rl.objectives import log_ratio, nft, ppo, token_weights
+from lit_rl.task import Task, Verdict
+from lit_rl.voting import vote
 
 # ------------------------------------------------------------------------------------------------ Clip-Cov and KL-Cov
 
@@ -214,6 +220,157 @@ def nft_on_policy(case: dict, _: str) -> None:
     assert_close(-1000 * gradient, [advantages["pos"], advantages["neg"]])
 
 
+# ------------------------------------------------------------------------------------- LUFFY; TTRL and RLCCF's vote
+
+
+def luffy(case: dict, _: str) -> None:
+    p, expected = case["params"], case["expected_official"]
+    shaping = re.fullmatch(r"no_reshape|p_div_p_([\d.]+)", p["off_policy_reshape"])
+    if not shaping or "off_max_clip" in p or "off_min_clip" in p:
+        raise Unanswered(f"{p['off_policy_reshape']} with a clip of it")
+    inputs = {key: tensor(value) for key, value in case["inputs"].items()}
+    logps, mask, off = inputs["log_prob"].requires_grad_(), inputs["response_mask"], inputs["prefix_mask"].bool()
+    if not torch.equal(off, off.any(1, keepdim=True).expand_as(off)):
+        raise Unanswered("a demonstration of which the policy writes the end")
+    x = build([[]] * len(mask), [[0] * mask.shape[1]] * len(mask), [0] * len(mask), [])
+    x.mask, x.off_policy, x.advantages = mask.bool(), off.any(1), inputs["advantages"]
+    low, high = (1.0, torch.inf) if p["loss_remove_clip"] else (p["cliprange"], p["cliprange"])
+    loss, clipped = ppo(log_ratio(logps, inputs["old_log_prob"], mask), x.advantages, low, high)
+    terms = Terms(logps, torch.zeros_like(logps), loss, mask, None, clipped, surrogate=loss)
+    callback = OffPolicyMixing(gamma=float(shaping[1]) if shaping[1] else None)
+    callback.on_loss(None, None, x, terms)  # type: ignore[arg-type]
+    weights = token_weights(mask, "token")
+    if p["loss_remove_token_mean"]:
+        weights = reference_weights(mask)["luffy/remove_token_mean"]
+    loss = (terms.loss * weights).sum()
+    assert_close(loss, expected["pg_loss"])
+    assert_close(torch.autograd.grad(loss, logps)[0], expected["grad_log_prob"])
+
+
+def luffy_by_hand(case: dict, _: str) -> None:
+    params = {
+        "off_policy_reshape": f"p_div_p_{case['gamma']}",
+        "loss_remove_token_mean": True,
+        "loss_remove_clip": True,
+    }
+    names = {"log_prob": "log_prob", "old_log_prob": "old", "advantages": "adv", "prefix_mask": "prefix_mask"}
+    inputs = {name: case[theirs] for name, theirs in names.items()}
+    inputs["response_mask"] = [[1] * len(row) for row in case["log_prob"]]
+    expected = {"pg_loss": case["loss"], "grad_log_prob": case["grad"]}
+    luffy({"inputs": inputs, "params": params, "expected_official": expected}, "")
+
+
+def answered(answers: list[str | None], truth: str) -> Experience:
+    """A group of responses with these answers."""
+    x = build([[0]] * len(answers), [[0]] * len(answers), [0] * len(answers), [Task("")])
+    x.verdicts = [Verdict(a == truth, float(a == truth), a) for a in answers]
+    return x
+
+
+def voted(x: Experience, samples: int) -> dict[str, float]:
+    """What MajorityVote makes of an experience, in place, and what it logs."""
+    logged: dict[str, float] = {}
+
+    class Module:
+        def log(self, name: str, value: float, **_: Any) -> None:
+            logged[name.removeprefix("vote/")] = value
+
+    callback: Any = MajorityVote(samples)
+    callback.on_rollout(None, None, x)
+    callback.on_train_batch_end(None, Module(), None, None, 0)
+    return logged
+
+
+def ttrl_answers(case: dict, name: str) -> None:
+    expected, truth = case["expected"][name], case["ground_truth"]
+    x = answered(case["answers"], truth)
+    ballot = vote(case["answers"], x.group.tolist())
+    right = [v.correct for v in x.verdicts]
+    logged = voted(x, case["n_samples"])
+    wins, size = tensor(ballot.wins), case["n_samples"]
+    values = {
+        "label": ballot.labels[0],
+        "rewards_votes": wins,
+        "majority_voting_reward": wins.mean(),
+        "majority_ratio": logged["majority_ratio"],
+        "label_accuracy": logged["label_accuracy"],
+        "reward_accuracy": logged["reward_accuracy"],
+        "ground_truth_ratio": logged["true_reward"],
+        "train_rewards": x.rewards.double(),
+        "train_advantages_grpo": grpo(x.rewards.double(), x.group, x.mask).sum(1),
+        "post_reward_accuracy": (x.rewards == tensor(right[:size])).double().mean(),
+    }
+    if name not in values:
+        raise Unanswered(name)
+    if isinstance(expected, str):
+        assert values[name] == expected
+    else:
+        assert_close(torch.as_tensor(values[name], dtype=torch.float64), expected)
+
+
+def ttrl_texts(case: dict, _: str) -> None:
+    """What the authors' code extracts, in our canonical form: blanks do not vote, and equal numbers are one answer."""
+
+    def canonical(text: str) -> str | None:
+        try:
+            return Integer().render(Integer().parse(text))
+        except AnswerError:
+            return text or None
+
+    answers, truth = [canonical(text) for text in case["extracted"]], canonical(case["ground_truth"])
+    assert truth is not None
+    ballot = vote(answers, [0] * len(answers))
+    if case["label"] == "":  # theirs rewards the responses without an answer
+        assert ballot.labels[0] in answers
+        assert not any(won for won, answer in zip(ballot.wins, answers, strict=True) if answer is None)
+        return
+    assert ballot.labels[0] == canonical(case["label"])
+    assert_close(tensor(ballot.wins), case["rewards"])
+    x = answered(answers, truth)
+    logged, metrics = voted(x, case["post_first_k"]), case["metrics"]
+    assert_close(tensor(logged["reward_accuracy"]), metrics["reward_accuracy"])
+    assert_close(tensor(logged["true_reward"]), metrics["ground_truth_ratio"])
+    assert_close(tensor(logged["majority_ratio"]), metrics["majority_voting_reward"])  # theirs splits equal answers
+    if re.fullmatch(r"[\d.,-]+", case["label"]):  # theirs reads any other label wrongly
+        assert logged["label_accuracy"] == metrics["label_accuracy"]
+    assert_close(x.rewards.double(), case["rewards"][: case["post_first_k"]])
+
+
+def self_consistent(case: dict, name: str) -> None:
+    """RLCCF: two votes, the second weighted by how much each model agrees with itself in the first."""
+    expected, answers = case["expected"][name], list(case["answers"].values())
+    model = [m for m, given in enumerate(answers) for _ in given]
+    flat, together = [a for given in answers for a in given], [0] * len(model)
+    first = vote(flat, model)
+    consistency = [max(first.votes[m].values(), default=0.0) / len(given) for m, given in enumerate(answers)]
+    ballot = vote(flat, together, [consistency[m] for m in model])
+    wins = {
+        key: [float(w) for w, n in zip(ballot.wins, model, strict=True) if n == m]
+        for m, key in enumerate(case["answers"])
+    }
+    advantages = {
+        key: grpo(tensor(won), torch.zeros(len(won)), torch.ones(len(won), 1)).flatten().tolist()
+        for key, won in wins.items()
+    }
+    values: dict[str, Any] = {
+        "sc": dict(zip(case["answers"], consistency, strict=True)),
+        "votes": ballot.votes[0],
+        "pseudo_label": ballot.labels[0],
+        "plain_majority_label": vote(flat, together).labels[0],
+        "weighted_share_of_label": max(ballot.votes[0].values(), default=0.0) / sum(ballot.votes[0].values()),
+        "rewards": wins,
+        "grpo_advantages": advantages,
+    }
+    if name not in values:
+        raise Unanswered(name)
+    got = values[name]
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        assert all(got[key] == pytest.approx(expected[key], abs=1e-9) for key in expected)
+    else:
+        assert got == (expected if isinstance(expected, str | None) else pytest.approx(expected, abs=1e-9))
+
+
 CHECKS: list[tuple[set[str], Check]] = [
     ({"clip_cov_ratio"}, clip_cov),
     ({"clip_cov", "lb", "ub"}, clip_cov),
@@ -225,6 +382,11 @@ CHECKS: list[tuple[set[str], Check]] = [
     ({"positive_token_grad"}, nft_on_policy),
     ({"H", "R"}, entropy_law),
     ({"advantage_centered", "eta"}, tabular_entropy),
+    ({"prefix_mask", "off_policy_reshape"}, luffy),
+    ({"luffy"}, luffy_by_hand),
+    ({"n_votes", "answers"}, ttrl_answers),
+    ({"solutions", "extracted"}, ttrl_texts),
+    ({"answers", "ground_truth"}, self_consistent),
     ({"log_prob", "advantages", "response_mask"}, token_covariance),  # the last: others have these columns too
 ]
 """As in vector_checks."""

@@ -196,6 +196,32 @@ def test_predict_writes_a_record_a_response(capsys):
     assert {"task", "family", "prompt", "response", "verdict"} == records[0].keys()
 
 
+def test_predictions_on_the_training_tasks_are_demonstrations(capsys):
+    args = ("--config", "luffy", "--config", "tiny", "--model.sampling.stop", "[a, e, i, o, u]")
+    more = (
+        "--data.predict",
+        "train",
+        "--trainer.limit_predict_batches",
+        2,
+        "--model.eval_samples",
+        4,
+        "--run",
+        "teacher",
+    )
+    code, text = run(capsys, "predict", *args, *more)
+    assert code == 0, text
+    records = jsonl.read(Path("teacher/predictions.jsonl"))
+    assert {r["task"] for r in records} == {f"vowels/train/{i}" for i in range(16)}
+    traces = ("--trainer.callbacks.traces", "teacher/predictions.jsonl", "--trainer.callbacks.keep_wrong", "true")
+    fit(capsys, *args, *traces, "--trainer.max_steps", 3, "--run", "r")
+    steps = [r for r in jsonl.read(Path("r/metrics.jsonl")) if "loss" in r]
+    assert [r.get("off_policy/share") for r in steps] == [1 / 8, 1 / 8, 0]
+    assert [r["skipped/no_trace"] for r in steps] == [0, 0, 8]
+    given = [r for r in jsonl.read(Path("r/completions.jsonl")) if r["off_policy"]]
+    assert {(r["task"], r["response"]) for r in given} <= {(r["task"], r["response"]) for r in records}
+    assert len(given) == 16
+
+
 def test_test_prints_a_table(capsys):
     code, text = run(
         capsys,

@@ -39,6 +39,36 @@ def test_groups_are_renumbered():
     assert part.texts == ["r2"]
 
 
+def test_rows_are_let_go_in_place():
+    x = build([[1]] * 5 + [[3]], [[4], [5, 6, 7], [8, 9], [2], [3], [4]], [0, 0, 0, 2, 2, 3], [Task("")] * 4)
+    x.texts = list("abcdef")
+    x.extra["row"] = torch.arange(6)
+    assert x.first(2).tolist() == [True, True, False, True, True, True]
+    assert x.first(1, torch.tensor([0, 1, 1, 0, 1, 0]) > 0).tolist() == [False, True, False, False, True, False]
+    x.keep(x.first(1))
+    assert x.tokens.tolist() == [[1, 4], [1, 2], [3, 4]]
+    assert x.group.tolist() == [0, 2, 3]
+    assert x.texts == ["a", "d", "f"]
+    assert x.extra["row"].tolist() == [0, 3, 5]
+    assert len(x.tasks) == 4
+    x.add(build([[1, 1]], [[7, 7]], [1], []))
+    assert x.group.tolist() == [0, 1, 2, 3]
+    assert x.texts == ["a", "", "d", "f"]
+    assert not x.first(0).any()
+
+
+def test_another_surrogate_leaves_the_rest_of_the_loss():
+    surrogate = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    other = torch.tensor([[10.0, 20.0]], requires_grad=True)
+    terms = Terms(surrogate, surrogate, surrogate + 0.5, torch.ones(1, 2), None, torch.ones(1, 2) > 0, surrogate)
+    terms.replace(torch.tensor([[True, False]]), other)
+    assert terms.loss.tolist() == [[10.5, 2.5]]
+    assert terms.clipped.tolist() == [[False, True]]
+    terms.total().backward()
+    assert surrogate.grad.tolist() == [[0, 1]]
+    assert other.grad.tolist() == [[1, 0]]
+
+
 def test_added_rows_join_their_group():
     x = sample()
     x.extra["demo"] = torch.zeros(3, dtype=torch.bool)

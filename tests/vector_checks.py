@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rl.advantage import ADVANTAGES, group_mean
+from lit_rl.callbacks import OffPolicyMixing
 from lit_rl.experience import build
 from lit_rl.objectives import (
     Objective,
@@ -60,6 +62,12 @@ def advantage(case: dict, name: str) -> None:
     group = torch.tensor([ids.index(i) for i in case["index"]])
     if name == "nft_repo_correct_rate":
         assert_close((group_mean(rewards, group, torch.ones_like(rewards)) + 1) / 2, expected)
+        return
+    if name.startswith("grpo_split use_std=False"):
+        x = build([[]] * len(mask), [[0] * mask.shape[1]] * len(mask), group.tolist(), [])
+        x.rewards, x.mask, x.off_policy = rewards, mask.bool(), ~torch.tensor(case["on_policy"])
+        OffPolicyMixing(mixed=False).on_advantage(None, SimpleNamespace(advantage="dr_grpo"), x)  # type: ignore[arg-type]
+        assert_close(x.advantages, expected[:, None] * mask)
         return
     if names.get(name, name) not in ADVANTAGES:
         raise Unanswered(name)

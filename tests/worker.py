@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rl import RLCallback, Sampling, Task, sharding
-from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov
+from lit_rl import RLCallback, Sampling, Task, Verdict, sharding
+from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing
 from lit_rl.cli import METHODS
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
@@ -40,6 +40,21 @@ class Letters(TaskData):
             return Task(prompt, right, [f"<answer>{i}</answer>", "no"], id=str(i))
 
         return [task(i) for i in range(self.n)]
+
+
+class Answers(Letters):
+    """Responses have answers to vote over, and at first no prompt of the second rank fits."""
+
+    def __init__(self, ranks):
+        super().__init__(ranks, long=(1, 3))
+
+    def tasks(self, split):
+        tasks = super().tasks(split)
+        for task in tasks:
+            task.score = lambda text: Verdict(
+                text[:1] < "N", float(text[:1] < "N"), "early" if text[:1] < "N" else "late"
+            )
+        return tasks
 
 
 class Same(Letters):
@@ -171,6 +186,7 @@ EQUAL |= {
     "ClipCov": case(settings={"epochs": 2}, callbacks=[lambda: ClipCov(0.1, low=0.1, high=1.5)]),
     "KLCov": case(settings={"epochs": 2}, callbacks=[lambda: KLCov(0.2)]),
     "EntropyLaw": case(callbacks=[EntropyLaw], max_steps=6),
+    "votes and demonstrations": case(data=Answers, callbacks=[lambda: MajorityVote(samples=4), OffPolicyMixing]),
     "three epochs": case(method="SFT", data={"n": 10, "shuffle": True}, max_epochs=3, max_steps=-1),
 }
 
