@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl import jsonl, run
 from lit_rl.actor import Actor
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
+from lit_rl.task import Verdict
 
 COLUMNS = [
     "step",
@@ -34,9 +36,12 @@ class Completions(RLCallback):
     """Appends a JSON line a response to completions.jsonl in the run's folder (completions.rank1.jsonl and so on for
     further ranks), adds rows to a growing W&B table where a WandbLogger is, and prints samples.
 
+    Responses are what the hook `on_advantage` brings; a module that does not call it is warned of.
+
     Args:
         every: Steps between two that are written to the file.
-        table_rows: Responses a step added to the W&B table "completions"; 0 for none.
+        table_rows: Responses a step added to the W&B table "completions"; 0 for none. They are sent each time that the
+            run is a tenth longer, at each checkpoint and at the end, since W&B shows a table's last hundred additions.
         print_every: Steps between printed samples; 0 for none.
         print_rows: How many samples.
     """
@@ -47,6 +52,9 @@ class Completions(RLCallback):
         self.every, self.table_rows, self.print_every, self.print_rows = every, table_rows, print_every, print_rows
         self._path: Path | None = None
         self._table: Any = None
+        self._waiting: list[dict[str, Any]] = []
+        self._sent = 0
+        self._asked = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if getattr(trainer, "fast_dev_run", False):
@@ -58,10 +66,11 @@ class Completions(RLCallback):
             run.refuse_other_run(self._path)
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
+        self._asked = True
         step = trainer.global_step
         write, show = step % self.every == 0, self.print_every and step % self.print_every == 0
-        loggers = [g for g in trainer.loggers if type(g).__name__ == "WandbLogger"] if self.table_rows else []
-        if not (write or show or loggers):
+        table = self.table_rows and run.wandb_logger(trainer)
+        if not (write or show or table):
             return
         records = self.records(experience, step)
         if write and self._path is not None:
@@ -71,8 +80,30 @@ class Completions(RLCallback):
         if trainer.is_global_zero:
             if show:
                 self._print(trainer, records)
-            for logger in loggers:
-                self._add_to_table(logger, records[: self.table_rows], step)
+            if table:
+                self._waiting += records[: self.table_rows]
+                if step >= 1.1 * self._sent:
+                    self._send(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._asked:
+            self._asked = True
+            rank_zero_warn(
+                f"Completions has nothing to record: in its first step {type(pl_module).__name__} has not called the hook"
+                " on_advantage. SFT samples no responses; a module of your own calls"
+                ' lit_rl.hooks.call(self.trainer, "on_advantage", experience)'
+            )
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._send(trainer)  # a run that resumes here starts with an empty list
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._send(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._send(trainer)
 
     @staticmethod
     def records(x: Experience, step: int) -> list[dict[str, Any]]:
@@ -83,7 +114,8 @@ class Completions(RLCallback):
         logps = x.sampler_logps if x.sampler_logps is not None else x.logps
         mean_logps = (logps.sum(1) / tokens).tolist() if logps is not None else [None] * len(x)
         result = []
-        for i, (g, text, verdict) in enumerate(zip(x.group.tolist(), x.texts, x.verdicts, strict=True)):
+        verdicts = x.verdicts or [Verdict.invalid("not judged")] * len(x)
+        for i, (g, text, verdict) in enumerate(zip(x.group.tolist(), x.texts, verdicts, strict=True)):
             task, given = x.tasks[g], bool(x.off_policy[i])
             values = [
                 step,
@@ -111,11 +143,16 @@ class Completions(RLCallback):
                 f"--- step {r['step']}, {r['family']}, {mark}, reward {r['reward']:.2f}\n{r['prompt']}\n>>> {r['response']}"
             )
 
-    def _add_to_table(self, logger: Any, records: list[dict[str, Any]], step: int) -> None:
+    def _send(self, trainer: L.Trainer) -> None:
+        """Adds the waiting rows to W&B's table."""
+        if not self._waiting:
+            return
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
-        for record in records:
+        for record in self._waiting:
             self._table.add_data(*record.values())
-        logger.log_metrics({"completions": self._table}, step=step)
+        self._sent = self._waiting[-1]["step"]
+        self._waiting = []
+        run.wandb_logger(trainer).log_metrics({"completions": self._table}, step=self._sent)

@@ -6,32 +6,39 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rl import adapters
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
+from lit_rl.policy import Policy
 
 CHUNK = 2**22
 """Logits taken to float32 at once, in elements."""
 
 
 class EntropyMonitor(RLCallback):
-    """Logs "entropy", in nats: the mean over the response tokens of each training step.
+    """Logs "entropy", in nats: the mean over the response tokens of each optimizer step.
 
     On any LightningModule that holds a Hugging Face causal language model it reads the logits of the training forward
-    (no forward of its own); tokens whose label is -100 are left out. A lit-rl policy hands over its entropies instead:
-    those of the tokens that count in the loss, rows without signal not among them.
+    (no forward of its own). Tokens whose label is -100 are left out; without labels, those that a 2-D attention_mask
+    leaves out. A lit-rl policy, or a module that calls the hook `on_loss`, hands over its entropies instead: those of
+    the tokens that count in the loss, rows without signal not among them.
     """
 
     def __init__(self) -> None:
         self._sum, self._tokens = 0.0, 0
-        self._handle: Any = None
+        self._step = 0
+        self._handles: list[Any] = []
+        self._warned = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Here and not in `setup`, since a module's `configure_model` may make the model."""
         from transformers import PreTrainedModel
+
+        self._remove()
+        self._sum, self._tokens, self._step = 0.0, 0, trainer.global_step
 
         def is_language_model(module: Any) -> bool:
             inner = adapters.inner(module)  # a PeftModel may call it without its hooks
@@ -42,15 +49,18 @@ class EntropyMonitor(RLCallback):
             raise ValueError(
                 f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}"
             )
-        self._handle = found[0].register_forward_hook(self._on_forward, with_kwargs=True)
+        inner = {part for model in found for part in model.modules() if part is not model}
+        self._handles = [
+            model.register_forward_hook(self._on_forward, with_kwargs=True) for model in found if model not in inner
+        ]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove()
 
     def _remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     @torch.no_grad()
     def _on_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -73,7 +83,7 @@ class EntropyMonitor(RLCallback):
         self._tokens += len(logits)
 
     def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
-        if self._handle is not None:  # the terms are better: only response tokens, and what the policy is trained at
+        if self._handles:  # the terms are better: only response tokens, and what the policy is trained at
             self._remove()
             self._sum, self._tokens = 0.0, 0
         counted = terms.weights != 0
@@ -83,6 +93,15 @@ class EntropyMonitor(RLCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients are still being accumulated
+        self._step = trainer.global_step
+        if not self._tokens and self._handles and not self._warned and not isinstance(pl_module, Policy):
+            self._warned = True
+            rank_zero_warn(
+                "EntropyMonitor saw no training forward in a step: call the language model itself with gradient, not parts"
+                ' of it, or call lit_rl.hooks.call(self.trainer, "on_loss", experience, terms)'
+            )
         if self._tokens or trainer.world_size > 1:
             size = max(1, self._tokens)
             pl_module.log("entropy", self._sum / size, batch_size=size, sync_dist=trainer.world_size > 1)

@@ -202,6 +202,17 @@ class Actor(L.LightningModule):
         message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
         warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Casting to half precision is for weights. Buffers that a model computes, such as its rotary frequencies, keep
+        their dtype: rounded, they would shift positions."""
+        kept = [(m, name, m._buffers[name]) for m in self.modules() for name in m._non_persistent_buffers_set]
+        super()._apply(fn, recurse)
+        for module, name, before in kept:
+            after = module._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype and not before.is_meta:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # tasks are text
 

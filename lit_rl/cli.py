@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 import lit_rl.callbacks
 import lit_rl.datamodules
@@ -86,6 +88,11 @@ class SaveConfig(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
+            if logger := run.wandb_logger(trainer):
+                content = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
+                logger.log_hyperparams({Path(name).stem: content})
+                if stage == "fit":
+                    (folder / run.WANDB_ID).write_text(logger.version)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step and isinstance(trainer.logger, RunLogger):
@@ -99,37 +106,43 @@ class CLI(LightningCLI):
             "--run",
             type=str,
             default=None,
-            help="The run's folder; runs/METHOD-N when neither it nor a logger is given.",
+            help="The run's folder; runs/METHOD-N when it is not given, and none when the logger is false.",
         )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.trainer.fast_dev_run or (config.run is None and config.trainer.logger not in (None, True)):
-            return
-        if config.trainer.logger in (None, True):
+        self.folder: Path | None = None
+        if not (config.trainer.fast_dev_run or config.trainer.barebones or config.trainer.logger is False):
             if config.run is None and config.trainer.num_nodes > 1:
                 sys.exit(
                     "lit-rl: on several machines the run's folder must have a name: give all of them the same --run"
                 )
-            chosen = (
-                os.environ.get(RUN_VARIABLE)
-                or config.run
-                or _free_folder(config.model.class_path.rpartition(".")[2].lower())
-            )
-            os.environ[RUN_VARIABLE] = config.run = chosen
-            config.trainer.logger = jsonargparse.Namespace(
-                class_path="lit_rl.run.RunLogger", init_args=jsonargparse.Namespace(folder=chosen)
-            )
-            config.trainer.default_root_dir = config.trainer.default_root_dir or chosen
-        else:
-            config.trainer.default_root_dir = config.run
+            name = config.model.class_path.rpartition(".")[2].lower()
+            os.environ[RUN_VARIABLE] = config.run = os.environ.get(RUN_VARIABLE) or config.run or _free_folder(name)
+            self.folder = Path(config.run)
+        config.trainer.default_root_dir = config.trainer.default_root_dir or config.run
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The run's own logger stands before those that are asked for."""
+        if self.folder:
+            asked = self.config_init[self.subcommand].trainer.logger
+            others = [x for x in (asked if isinstance(asked, list) else [asked]) if isinstance(x, Logger)]
+            for logger in others:
+                if isinstance(logger, WandbLogger):
+                    run.name_in_wandb(logger, self.folder, self.subcommand)
+            kwargs["logger"] = [RunLogger(str(self.folder)), *others]
+        return super().instantiate_trainer(**kwargs)
 
     @staticmethod
     def configure_optimizers(lightning_module: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
-        """`--optimizer` gets the parameters that are trained, as the policy's own does: no frozen ones."""
+        """As a policy's own: `--optimizer` gets no frozen parameters, and `--lr_scheduler` counts steps, since a run is
+        often shorter than an epoch."""
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
-        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        result = LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        if not isinstance(result, tuple):
+            return result
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
 
     def instantiate_classes(self) -> None:
         try:

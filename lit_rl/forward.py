@@ -82,12 +82,12 @@ class Forward:
         self._shared: bool | None = None
 
     def __call__(self, x: Experience, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(N, T) float32 log-probabilities of the response tokens under softmax(logits / temperature), less what
+        """(N, T) log-probabilities, float32 or wider, of the response tokens under softmax(logits / temperature), less what
         truncation kept, and the entropies of those softmaxes. Zero off the mask."""
         self.check(x.tokens.device)
         layout = shared_layout(x) if self._shared and self._worth_sharing(x) else rows_layout(x)
         logps, entropy = self._run(layout, x.tokens[x.mask], temperature, bool(self._fused))
-        spread = torch.zeros(x.tokens.shape, dtype=torch.float32, device=x.tokens.device)
+        spread = logps.new_zeros(x.tokens.shape)
         logps, entropy = spread.masked_scatter(x.mask, logps), spread.masked_scatter(x.mask, entropy)
         return (logps if x.log_kept is None else logps - x.log_kept), entropy
 

@@ -61,11 +61,12 @@ class Guard:
 
 
 def grad_norm(optimizer: Any) -> float:
-    """Of all gradients together, in float32."""
+    """Of all gradients together, in float32 at least."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return 0.0
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rl import hooks, models, ranks, sharding
@@ -35,7 +38,7 @@ class Policy(Actor):
 
     Args:
         model: As in Actor; so are all further arguments.
-        lr: Learning rate of AdamW; LightningCLI's `--optimizer` and `--lr_scheduler` replace both.
+        lr: Learning rate of AdamW; LightningCLI's `--optimizer` and `--lr_scheduler` (stepped as the Trainer is) replace both.
         weight_decay: Of AdamW.
         schedule: Of the learning rate, over the Trainer's steps.
         warmup_steps: Trainer steps in which the learning rate rises from zero.
@@ -50,6 +53,11 @@ class Policy(Actor):
     splits_groups: bool = True
     """Whether rows of a group may be in different slices (not different minibatches) when memory demands it."""
     aggregate: Aggregate = "token"
+    refused: ClassVar[dict[type[L.Callback], str]] = {
+        GradientAccumulationScheduler: "a policy accumulates by itself: set the DataModule's batch_size for larger batches",
+        BatchSizeFinder: "memory does not depend on batch_size: lower model.microbatch_tokens or model.max_rows when it runs out",
+    }
+    """Callbacks that cannot work, and what to do instead."""
 
     def __init__(
         self,
@@ -117,11 +125,36 @@ class Policy(Actor):
         x.off_policy = torch.ones(len(x), dtype=torch.bool)
         return x
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for callback in self.trainer.callbacks if stage == "fit" else []:  # type: ignore[attr-defined]
+            for kind, why in self.refused.items():
+                if isinstance(callback, kind):
+                    raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
+
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: a policy accumulates by itself. Leave it"
                 " at 1; set the DataModule's batch_size for larger batches, model.microbatch_tokens for less memory."
+            )
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Refuses weights in which AdamW cannot compute, and warns of such as its steps would leave as they are."""
+        half = [p.detach() for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
+        if any(p.dtype == torch.float16 for p in half):
+            raise ValueError(
+                "the weights to train are float16, in which AdamW's eps is zero: leave model.dtype at float32 and set the"
+                " Trainer's precision to 16-mixed or bf16-mixed"
+            )
+        rates = [g.get("initial_lr", g["lr"]) for o in self.trainer.optimizers for g in o.param_groups]
+        lost = sum(int((p.abs() * torch.finfo(p.dtype).eps / 4 > max(rates)).sum()) for p in half)
+        if half and lost > 0.5 * sum(p.numel() for p in half):
+            rank_zero_warn(
+                f"the weights to train are bfloat16, which keeps three digits: a step of lr {max(rates):g} is rounded away in"
+                f" {lost / sum(p.numel() for p in half):.0%} of them. Leave model.dtype at float32 and set the Trainer's"
+                " precision to bf16-mixed"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -6,9 +6,11 @@ import copy
 from contextlib import nullcontext
 from hashlib import blake2b
 from random import Random
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -55,6 +57,10 @@ class Rollout(Policy):
         dynamic_sampling: Replace groups whose rewards are all equal by groups of further prompts, until the batch is full.
         max_rounds: How often dynamic sampling may ask for prompts, in all.
     """
+
+    refused: ClassVar[dict[type[L.Callback], str]] = Policy.refused | {
+        LearningRateFinder: "it compares losses, and that of a policy gradient does not tell what was learned: set model.lr"
+    }
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ completions.jsonl  one line a response in training (the Completions callback)
 predictions.jsonl  one line a response of `predict`
 config.yaml        what was run (the command line)
 non_finite-STEP.pt  what a step that was not finite was made of (the guard of every policy)
+wandb_id           of the run in W&B, which a resumed one continues (the command line)
 checkpoints/
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +33,7 @@ COMPLETIONS, PREDICTIONS = "completions.jsonl", "predictions.jsonl"
 NON_FINITE = "non_finite-{}.pt"
 KEPT = 10_000
 """Lines of metrics that wait in memory while the disk refuses them, at most."""
+WANDB_ID = "wandb_id"
 
 
 class RunLogger(Logger):
@@ -75,6 +78,25 @@ class RunLogger(Logger):
         """Nothing: config.yaml holds them."""
 
 
+def wandb_logger(trainer: L.Trainer) -> Any:
+    """The Trainer's WandbLogger, or None."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+
+
+def name_in_wandb(logger: WandbLogger, folder: Path, command: str) -> None:
+    """A run is one run of W&B, of its folder's name, also when `fit` resumes it; evaluations are runs of their own. What
+    the logger was given stays."""
+    known = folder / WANDB_ID
+    settings = logger._wandb_init  # before anybody asks for its run; W&B reads its own variables once a process
+    settings["name"] = settings["name"] or (folder.name if command == "fit" else f"{folder.name}-{command}")
+    if command == "fit" and known.exists():
+        settings["id"] = settings["id"] or known.read_text()
+    if settings["project"] == "lightning_logs":
+        settings["project"] = "lit-rl"
+    if settings["dir"] == ".":
+        settings["dir"] = str(folder.absolute())  # W&B's own process has a working directory of its own
+
+
 def folder(trainer: L.Trainer) -> Path:
     """Where this run writes; to be called on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
@@ -111,12 +133,17 @@ def refuse_other_run(file: Path, trainer: L.Trainer | None = None) -> None:
 
 
 def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
-    """Prints the table (when evaluation is what the Trainer was asked for) and, unless logging is off, keeps it."""
+    """Prints the table (when evaluation is what the Trainer was asked for) and, unless logging is off, keeps it. In W&B's
+    summary of a run the best stands beside the latest."""
     path = folder(trainer)
     if not trainer.is_global_zero or trainer.sanity_checking:
         return
     if trainer.state.fn in ("validate", "test"):
         print(f"\n{table}\n", flush=True)
-    if trainer.loggers:
+    if logger := wandb_logger(trainer):
+        for name in table.scalars().keys() - {"length"}:
+            metric = f"{stage}/{name}"
+            logger.experiment.define_metric(metric, step_metric="trainer/global_step", summary="max,last")
+    if trainer.loggers and not getattr(trainer, "fast_dev_run", False):
         record = {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}
         tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))

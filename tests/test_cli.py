@@ -1,6 +1,5 @@
 """End to end through the command line, as users do."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -245,31 +244,3 @@ def test_test_prints_a_table(capsys):
 def test_the_module_runs_from_a_shell(tmp_path):
     done = subprocess.run([sys.executable, "-m", "lit_rl", "recipes"], capture_output=True, text=True, check=True)
     assert "grpo" in done.stdout
-
-
-def test_wandb_offline_holds_config_metrics_and_a_growing_table(capsys):
-    wandb = pytest.importorskip("wandb")
-    fit(
-        capsys,
-        "--config",
-        "grpo",
-        "--config",
-        "tiny",
-        "--trainer.max_steps",
-        3,
-        "--trainer.logger",
-        "WandbLogger",
-        "--trainer.logger.offline",
-        "true",
-        "--trainer.logger.save_dir",
-        "w",
-        "--trainer.callbacks.every_n_train_steps",
-        1,
-    )
-    wandb.finish()
-    tables = sorted(Path("w").rglob("completions_*.table.json"), key=lambda p: int(p.name.split("_")[1]))
-    assert len(tables) == 3
-    rows = [json.loads(t.read_text())["data"] for t in tables]
-    steps = [row[0] for part in rows for row in part]
-    assert sorted(set(steps)) == [0, 1, 2]
-    assert len(steps) == 24
