@@ -22,7 +22,8 @@ from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.guard import Guard
 from lit_rl.objectives import token_weights
-from lit_rl.task import Task
+from lit_rl.stopping import Stopping
+from lit_rl.task import Task, Verdict
 
 Aggregate = Literal["token", "sequence", "constant"]
 
@@ -86,7 +87,7 @@ class Policy(Actor):
         if gradient_checkpointing:
             (getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable)()
         self.token_terms = Forward(self.model)
-        self.guard = Guard(max_non_finite)
+        self.guard, self.stopping = Guard(max_non_finite), Stopping()
         self._plan: list[list[Experience]] = []
         self._places: dict[int, tuple[int, int]] = {}
         """Where each task stands in the batch, by its id: the round in which it was asked for, and its position there."""
@@ -131,6 +132,17 @@ class Policy(Actor):
             for kind, why in self.refused.items():
                 if isinstance(callback, kind):
                     raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.stopping]
+
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
+        with self.stopping.at_once():
+            return super().respond(*args, **kwargs)
+
+    def score(self, *args: Any) -> list[list[Verdict]]:
+        with self.stopping.at_once():
+            return super().score(*args)
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:

@@ -112,13 +112,14 @@ def tolerate(path: Path, write: Callable[[], Any]) -> bool:
     try:
         write()
     except OSError as error:
-        _warn_once(f"cannot write {path.absolute()}: {error.strerror}. The run goes on. This message comes once.")
+        warn_once(f"cannot write {path.absolute()}: {error.strerror}. The run goes on. This message comes once.")
         return False
     return True
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Whatever the filters of warnings say."""
     warnings.warn(message)
 
 

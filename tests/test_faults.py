@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -445,3 +446,146 @@ def test_completions_without_a_word_are_scored_as_such():
     module.generator.eos = list(range(len(module.tokenizer)))  # whatever comes first ends the response
     module.decode = module.generator.decode = lambda tokens: ""
     trainer(max_steps=1, callbacks=[Watch()]).fit(module, Letters())
+
+
+# ---------------------------------------------------------------- signals and errors
+
+PAUSES = """
+import os, time
+from pathlib import Path
+import lightning.pytorch as L
+
+class Pause(L.Callback):
+    '''Waits at a chosen place of a chosen step for a signal, as long sampling or training would.'''
+
+    def __init__(self, step: int, place: str):
+        self.step, self.place = step, place
+
+    def wait(self, trainer):
+        if trainer.global_step == self.step and not trainer.sanity_checking and not Path("paused").exists():
+            Path("paused").touch()
+            deadline = time.monotonic() + 60
+            while not Path("signalled").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def setup(self, trainer, module, stage):
+        generate = module.generator.generate
+        def slow(*args):
+            if self.place == "validating" if trainer.validating else self.place == "generating":
+                self.wait(trainer)
+            return generate(*args)
+        module.generator.generate = slow
+
+    def on_loss(self, trainer, module, x, terms):
+        if self.place == "training":
+            self.wait(trainer)
+"""
+SHORT = ["--trainer.max_steps", "5", "--trainer.val_check_interval", "2", "--model.group", "4"]
+
+
+def interrupted(number, *argv, place, step, **env):
+    """Runs the command until it pauses, sends the signal, and returns its exit code and what it printed."""
+    for name in ("paused", "signalled"):
+        Path(name).unlink(missing_ok=True)
+    Path("pauses.py").write_text(PAUSES)
+    pause = ["--trainer.callbacks+=pauses.Pause", "--trainer.callbacks.step", step, "--trainer.callbacks.place", place]
+    command = Command(*argv, *pause, **env)
+    wait_for(lambda: Path("paused").exists() or command.process.poll() is not None)
+    command.process.send_signal(number)
+    time.sleep(0.3)
+    Path("signalled").touch()
+    return command.ends()
+
+
+def same(a, b):
+    """Two runs' final weights, optimizer states, samples, evaluations and losses are the same bits."""
+    first, second = (torch.load(f"{r}/checkpoints/last.ckpt", weights_only=True) for r in (a, b))
+    for x, y in ((first, second), (first["optimizer_states"][0]["state"], second["optimizer_states"][0]["state"])):
+        x, y = x.get("state_dict", x), y.get("state_dict", y)
+        assert x.keys() == y.keys()
+        flat = [
+            (p, q)
+            for k in x
+            for p, q in (zip(x[k].values(), y[k].values(), strict=True) if isinstance(x[k], dict) else [(x[k], y[k])])
+        ]
+        assert all(torch.equal(p, q) for p, q in flat)
+    for name in ("completions.jsonl", "evaluations.jsonl"):
+        assert Path(a, name).read_text() == Path(b, name).read_text()
+    assert [(r["step"], r["loss"], r["reward"]) for r in steps(a)] == [
+        (r["step"], r["loss"], r["reward"]) for r in steps(b)
+    ]
+
+
+@pytest.mark.slow
+def test_signals_lose_nothing():
+    main([*TINY, *SHORT, "--run", "straight"])
+    resumed = [*TINY, *SHORT, "--run", "r", "--ckpt_path", "last"]
+    for number, place, step, code in (
+        (signal.SIGTERM, "generating", 1, 143),
+        (signal.SIGINT, "training", 2, 130),
+        (signal.SIGTERM, "validating", 4, 143),
+    ):
+        ended, text = interrupted(number, *resumed, place=place, step=step)
+        assert ended == code, text
+        done = step + (place == "training")
+        assert f"Saved r/checkpoints/last.ckpt after step {done}. Continue with --ckpt_path last." in text.replace(
+            os.getcwd() + "/", ""
+        )
+        assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["global_step"] == done
+        assert "Traceback" not in text
+    main(resumed)
+    same("straight", "r")
+
+
+# ---------------------------------------------------------------- W&B
+
+CRASHES = """
+import os, signal
+from pathlib import Path
+import lightning.pytorch as L
+
+class KillService(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 1:
+            for folder in Path("/proc").glob("[0-9]*"):
+                line = (folder / "cmdline").read_bytes()
+                if b"wandb-core" in line and f"\\0{os.getpid()}\\0".encode() in line:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    Path("killed").touch()
+"""
+WANDB = [
+    "--trainer.logger",
+    "WandbLogger",
+    "--trainer.max_steps",
+    "3",
+    "--trainer.val_check_interval",
+    "1",
+    "--run",
+    "r",
+]
+
+
+def has_everything(run):
+    assert [row["step"] for row in steps(run)] == [0, 1, 2]
+    assert len(jsonl.read(Path(run, "completions.jsonl"))) == 3 * 64
+    assert len(jsonl.read(Path(run, "evaluations.jsonl"))) == 3
+
+
+@pytest.mark.slow
+def test_wandb_out_of_reach_leaves_the_run_offline_and_whole():
+    nowhere = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    code, text = Command(*TINY, *WANDB, WANDB_INIT_TIMEOUT="2", **nowhere).ends()
+    assert code == 0, text
+    assert text.count("W&B cannot be reached, and this run is kept offline") == 1
+    assert list(Path("r/wandb").glob("offline-run-*/*.wandb"))
+    has_everything("r")
+
+
+@pytest.mark.slow
+def test_wandb_that_crashes_in_the_middle_of_a_run_is_said_once():
+    Path("crashes.py").write_text(CRASHES)
+    code, text = Command(*TINY, *WANDB, "--trainer.callbacks+=crashes.KillService").ends()
+    assert code == 0, text
+    assert Path("killed").exists()
+    assert text.count("a logger failed, and lacks records from here on") == 1
+    has_everything("r")
