@@ -10,7 +10,7 @@ lit_rl=".venv/bin/lit-rl"
 for seed in "${@:-0 1 2}"; do for s in $seed; do
   run=runs/smollm2/$s
   quiet=(--trainer.enable_progress_bar false --seed_everything "$s" --data.seed "$s")
-  "$lit_rl" fit --config sft --config smollm2 "${quiet[@]}" --trainer.max_steps 12 --run "$run/sft"
+  "$lit_rl" fit --config sft --config smollm2 "${quiet[@]}" --trainer.max_steps 12 --model.lr 5e-5 --run "$run/sft"
   "$lit_rl" export "$run/sft/checkpoints/last.ckpt" "$run/sft/model"
   "$lit_rl" test --config grpo --config smollm2 "${quiet[@]}" --model.model "$run/sft/model" --run "$run/before"
   "$lit_rl" fit --config grpo --config smollm2 "${quiet[@]}" --model.model "$run/sft/model" --run "$run/grpo"
