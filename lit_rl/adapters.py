@@ -76,7 +76,7 @@ def adapt(model: Any, lora: LoRA | None, name: str, rng: Tensor | None = None) -
             raise ValueError(f"{lora} needs the package {package}: pip install {package}")
     if not wrapped:
         lora = replace(lora, target_modules=sorted(_targets(model, lora)))
-    about = {"lora": asdict(lora), "base": name, "dtype": str(model.dtype).removeprefix("torch.")}
+    about: dict[str, Any] = {"lora": asdict(lora), "base": name, "dtype": str(model.dtype).removeprefix("torch.")}
     about |= {"fingerprint": fingerprint(model), "rng": rng}
     if not wrapped:
         if lora.quantize:
@@ -163,7 +163,7 @@ def _quantize(model: Any) -> None:
         raise ValueError(f"lora.quantize: {type(model).__name__} has no torch.nn.Linear layers beside its head")
     for name, layer in layers.items():
         packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
-        weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+        weight: Any = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=packed)
         packed.weight = weight.to(layer.weight.device)  # this is what quantises
         packed.bias = layer.bias
         model.set_submodule(name, packed)

@@ -129,7 +129,7 @@ class CLI(LightningCLI):
             others = [x for x in (asked if isinstance(asked, list) else [asked]) if isinstance(x, Logger)]
             for logger in others:
                 if isinstance(logger, WandbLogger):
-                    run.name_in_wandb(logger, self.folder, self.subcommand)
+                    run.name_in_wandb(logger, self.folder, str(self.subcommand))
             kwargs["logger"] = [RunLogger(str(self.folder)), *others]
         return super().instantiate_trainer(**kwargs)
 

@@ -140,9 +140,9 @@ class Policy(Actor):
         with self.stopping.at_once():
             return super().respond(*args, **kwargs)
 
-    def score(self, *args: Any) -> list[list[Verdict]]:
+    def score(self, tasks: list[Task], texts: list[str]) -> list[Verdict]:
         with self.stopping.at_once():
-            return super().score(*args)
+            return super().score(tasks, texts)
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:

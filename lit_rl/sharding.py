@@ -120,7 +120,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights, in CPU memory on rank 0; nothing on the others. All ranks must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(  # type: ignore[return-value]
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def load_shards(weights: dict[str, Tensor], folder: Path) -> None:

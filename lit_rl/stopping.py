@@ -69,7 +69,7 @@ class Stopping(RLCallback):
         if trainer.state.fn == "fit" and pl_module.sum_over_ranks(float(self.asked is not None)):
             raise self._end()
 
-    on_train_batch_start = on_validation_start = _end_if_asked
+    on_train_batch_start = on_validation_start = _end_if_asked  # type: ignore[assignment]
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._quiet = True
@@ -80,7 +80,7 @@ class Stopping(RLCallback):
     def _begin(self, *args: Any) -> None:
         self._quiet = False
 
-    on_rollout = on_loss = _begin
+    on_rollout = on_loss = _begin  # type: ignore[assignment]
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
