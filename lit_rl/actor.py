@@ -198,7 +198,7 @@ class Actor(L.LightningModule):
                 sharding.shard(child, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        sharding.refuse_unsupported(self.trainer.strategy)
+        sharding.refuse_unsupported(self.trainer.strategy, self.model, self.adapters is not None)
         message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
         warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 
@@ -317,6 +317,8 @@ class Actor(L.LightningModule):
             weights = sharding.whole_state(model)
             if self.global_rank == 0:
                 model, _ = models.from_checkpoint_state(models.checkpoint_state(model, self.tokenizer))
+                if self.adapters:
+                    model, _ = adapters.adapt(model, LoRA(**self.adapters["lora"]), "")
                 model.load_state_dict(weights)
         if self.global_rank == 0:
             models.export(model, self.tokenizer, folder, overwrite=overwrite)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lit_rl import adapters
+from lit_rl import adapters, sharding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -349,7 +349,7 @@ def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         tokenizer.save_pretrained(folder)
         files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
     return {
-        "architecture": type(model).__name__,
+        "architecture": sharding.plain_class(model).__name__,
         "config": json.loads(model.config.to_json_string(use_diff=False)) | {"dtype": str(model.dtype).split(".")[-1]},
         "generation_config": json.loads(_generation_config(model).to_json_string()),
         "tokenizer": files,

@@ -188,7 +188,7 @@ class Policy(Actor):
         rows that cannot give a gradient are then left out)."""
         if len(x):
             x.weights = torch.zeros_like(x.mask, dtype=torch.float32)
-        minibatches = []
+        minibatches: list[list[Experience]] = []
         mine = torch.tensor(self.owners(x), dtype=torch.long) == self.global_rank
         group = mine.cumsum(0) - 1  # at the places of this rank's groups
         for part in torch.arange(len(mine)).tensor_split(self.minibatches):
@@ -201,13 +201,10 @@ class Policy(Actor):
                 share = total / everywhere * self.trainer.world_size if everywhere else 0.0
                 x.weights[rows] = token_weights(mask, self.aggregate, self.sampling.max_new_tokens).float() * share
                 rows = rows[self.has_gradient(x)[rows]]
-            slices = self.slices(x, rows)
-            minibatches.append(slices)
-        most = map(max, zip(*ranks.gather([len(slices) for slices in minibatches]), strict=True))
-        for slices, count in zip(
-            minibatches, most, strict=True
-        ):  # a sharded model's forward and backward need all ranks
-            slices += [self._idle_slice() for _ in range(count - len(slices))]
+            minibatches.append(self.slices(x, rows))
+        counts = ranks.gather([len(slices) for slices in minibatches])
+        for slices, *each in zip(minibatches, *counts, strict=True):  # a sharded model's passes need all ranks
+            slices += [self._idle_slice() for _ in range(max(each) - len(slices))]
         return minibatches
 
     def owners(self, x: Experience) -> list[int]:

@@ -44,18 +44,25 @@ class FSDP2(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2: weights, gradients and optimiser states in shards")
 
 
-def refuse_unsupported(strategy: Strategy) -> None:
-    """Raises ValueError for a strategy that a policy cannot run under."""
+def refuse_unsupported(strategy: Strategy, model: nn.Module, adapters: bool) -> None:
+    """Raises ValueError for a strategy under which this model cannot run."""
     name = type(strategy).__name__
     if name.startswith(("FSDPS", "DeepSpeed")):
         raise ValueError(
             f"{name} is not supported: set the Trainer's strategy to fsdp2, which shards as much, or to ddp"
         )
-    mesh = getattr(strategy, "_device_mesh", None)
-    if mesh is not None and (size := mesh["tensor_parallel"].size()) > 1:
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"tensor_parallel_size is {size}: it must be 1, since each rank samples by itself. The strategy fsdp2 is that."
         )
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError("weights in 4 bits cannot be sharded, and are small: set the Trainer's strategy to ddp")
+    if adapters and strategy._save_distributed_checkpoint:
+        raise ValueError("adapters are saved in one file: set the strategy's save_distributed_checkpoint to false")
+    if not hasattr(FSDPModule, "set_reshard_after_forward"):
+        raise ValueError(f"fsdp2 needs a newer torch than {torch.__version__}: pip install --upgrade torch, or use ddp")
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -76,6 +83,11 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def plain_class(model: nn.Module) -> type:
+    """The class that a model had before it was sharded."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def run_as_forward(model: nn.Module, function: Callable[[], T]) -> T:

@@ -6,15 +6,20 @@ LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python worker.py
 import os
 import traceback
 from datetime import timedelta
+from functools import partial
+from inspect import signature
+from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rl import RLCallback, Sampling, Task, Verdict, sharding
+from lit_rl import LoRA, RLCallback, Sampling, Task, Verdict, sharding
 from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing
-from lit_rl.cli import METHODS
+from lit_rl.cli import CALLBACKS, METHODS
+from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
 
@@ -79,6 +84,9 @@ class Record(RLCallback):
         self.gradients, self.tasks, self.slices, self.gathers = [], [], [], []
 
     def on_train_start(self, trainer, module):
+        with torch.inference_mode():  # as evaluation is on a GPU
+            sharding.gather(module.model)
+            sharding.release(module.model)
         collect = module.on_train_batch_start
 
         def counted(*args):
@@ -93,7 +101,9 @@ class Record(RLCallback):
         self.tasks += [task.id for task in x.tasks]
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append(flat(p.grad for p in module.model.parameters()))
+        gradient = flat(p.grad for p in module.model.parameters() if p.requires_grad)
+        if gradient.isfinite().all():
+            self.gradients.append(gradient)
 
     def on_train_end(self, trainer, module):
         del module.on_train_batch_start
@@ -103,6 +113,29 @@ class Record(RLCallback):
 
     def load_state_dict(self, state):
         self.tasks = list(state["tasks"])
+
+
+class Poison(RLCallback):
+    """Task 1, which rank 1 has, spoils its minibatch."""
+
+    def on_loss(self, trainer, module, x, terms):
+        if x.tasks and any(x.tasks[g].id == "1" for g in x.group):
+            terms.loss = terms.loss * float("nan")
+
+
+class Letter(RLCallback):
+    """Half of the alphabet is right, whatever was asked."""
+
+    def on_rollout(self, trainer, module, x):
+        x.set_rewards(torch.tensor([float(bool(text) and text[0] < "N") for text in x.texts]))
+
+
+class Praise(RLCallback):
+    """All is right."""
+
+    def on_rollout(self, trainer, module, x):
+        for verdict in x.verdicts:
+            verdict.correct = True
 
 
 class Counting(NativeGenerator):
@@ -147,12 +180,14 @@ def policy(method="GRPO", **kwargs):
     return METHODS[method]("tiny", **{"lr": 1e-3, "sampling": Sampling(max_new_tokens=6), **kwargs})
 
 
-def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fit=(), **kwargs):
+def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fit=(), export=None, **kwargs):
     """What training does, whatever ranks it is divided between; and under "own" what belongs to this rank."""
     record, module = Record(), policy(method, **dict(settings))
     run = trainer(ranks, strategy, callbacks=[record, *(make() for make in callbacks)], **kwargs)
     before = flat(module.model.parameters())
     run.fit(module, data(ranks) if callable(data) else Letters(ranks, **dict(data)), **dict(fit))
+    if export:
+        module.export(export)
     own = {"tasks": record.tasks, "slices": record.slices, "gathers": record.gathers}
     own["tokens"] = getattr(module.generator, "tokens", 0)
     return {
@@ -187,17 +222,74 @@ EQUAL |= {
     "KLCov": case(settings={"epochs": 2}, callbacks=[lambda: KLCov(0.2)]),
     "EntropyLaw": case(callbacks=[EntropyLaw], max_steps=6),
     "votes and demonstrations": case(data=Answers, callbacks=[lambda: MajorityVote(samples=4), OffPolicyMixing]),
+    "a loss that is not finite": case(callbacks=[Poison], settings={"kl_coef": 0.0}),
+    "adapters": case(settings={"lora": LoRA(rank=4)}),
+    "validation": case(data={"n": 9}, limit_val_batches=1.0, val_check_interval=1, settings={"kl_coef": 0.0}),
     "three epochs": case(method="SFT", data={"n": 10, "shuffle": True}, max_epochs=3, max_steps=-1),
 }
 
 
-CASES = EQUAL
+def every_callback(ranks, strategy):
+    ready = [c for c in CALLBACKS.values() if all(p.default != p.empty for p in signature(c).parameters.values())]
+    data = Bootcamp(["sort-numbers"], (0, 2), adaptive=True, window=16, batch_size=BATCH // ranks)
+    settings = {"minibatches": 2, "kl_coef": 0.0}
+    result = learn(ranks, strategy, "GRPO", lambda _: data, settings, [Letter, Praise, *ready])
+    result["metrics"] = {k: v for k, v in result["metrics"].items() if k in ("loss", "reward", "level/sort-numbers")}
+    return result
+
+
+EQUAL["every callback"] = every_callback
+
+
+def resume(ranks, strategy, name="resume", **kwargs):
+    """Four steps, and the last two of them again from a checkpoint; whole files, and shards where there are any."""
+    result = {}
+    for sharded in (False, True)[: 1 + (strategy == "fsdp2" and not kwargs)]:
+        folder = Path(f"{name} {strategy} {sharded}")
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+        def run(callbacks=(), fit=(), sharded=sharded, export=None):
+            plain = policy()
+            settings = {"generator": Counting(plain.eos, 0, plain.decode), **kwargs}
+            common = {"max_steps": 4, "enable_checkpointing": bool(callbacks), "sharded": sharded}
+            return learn(ranks, strategy, "GRPO", (), settings, callbacks, fit, export, **common)
+
+        straight = run([saver], export=folder / "exported")
+        result[str(folder)] = straight, run(fit={"ckpt_path": folder / "step=2.ckpt"})
+    if strategy == "fsdp2" and not kwargs:
+        result["from ddp"] = run(fit={"ckpt_path": Path(f"{name} ddp False/step=2.ckpt")}, sharded=False)
+    return result
+
+
+def evaluate(ranks, strategy):
+    """Five tasks: the ranks have different numbers of batches."""
+    module, data, run = policy(eval_samples=2), Letters(ranks, n=5), trainer(ranks, strategy, limit_val_batches=1.0)
+    tables = []
+    for stage in (run.validate, run.test):
+        stage(module, data, verbose=False)
+        tables.append([vars(row) for row in module.table.rows])
+    predictions = run.predict(module, data)
+    return {"tables": tables, "predictions": [p for batch in predictions for p in batch]}
+
+
+def tried(case):
+    """Under FSDP2 a few methods will do: the others are settings of the same code."""
+    return list(STRATEGIES)[: 1 if case in METHODS and case not in ("SFT", "GRPO", "GSPO") else 2]
+
+
+OTHERS = {
+    "resume": resume,
+    "resume adapters": partial(resume, name="adapters", lora=LoRA(rank=4)),
+    "evaluate": evaluate,
+}
+CASES = EQUAL | OTHERS
 
 
 def main():
     rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    chosen = os.environ.get("CASES", "")
     for name, run in CASES.items():
-        for strategy in STRATEGIES:
+        for strategy in tried(name) if chosen in name else ():
             try:
                 result = run(ranks, strategy)
             except Exception:  # the test that wants the result shows it
