@@ -8,6 +8,7 @@ import traceback
 from datetime import timedelta
 from functools import partial
 from inspect import signature
+from itertools import count
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -23,6 +24,7 @@ from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
 
+RUNS = count()
 BATCH = 4
 """Tasks a step, over all ranks."""
 STRATEGIES = {
@@ -164,6 +166,7 @@ def trainer(ranks, strategy, sharded=False, **kwargs):
         kwargs["strategy"] = STRATEGIES[strategy](**({"save_distributed_checkpoint": True} if sharded else {}))
     defaults = dict(
         max_steps=2,
+        default_root_dir=f"run {next(RUNS)}",
         accelerator="cpu",
         devices=ranks,
         logger=False,
