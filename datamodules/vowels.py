@@ -13,10 +13,13 @@ LETTERS = "aeiou"
 
 
 def share_of_vowels(text: str) -> Verdict:
-    """The share of vowels among the response's characters; right from nine tenths on. Its answer is the first of them."""
+    """Half of the score is the share of vowels among the response's characters, half that it begins with one: so a score
+    above one half is not rare at first, for methods that know right and wrong alone. Right when nine tenths are vowels. The
+    answer is the first of them."""
     vowels = [c for c in text if c in LETTERS]
     share = len(vowels) / max(1, len(text))
-    return Verdict(share >= 0.9, share, vowels[0] if vowels else None, "" if share >= 0.9 else f"{share:.0%} vowels")
+    score = (share + (text[:1] in LETTERS and text != "")) / 2
+    return Verdict(share >= 0.9, score, vowels[0] if vowels else None, "" if share >= 0.9 else f"{share:.0%} vowels")
 
 
 class Vowels(TaskData):

@@ -150,6 +150,10 @@ class CLI(LightningCLI):
         except ValueError as error:  # a setting that its class refuses
             sys.exit(f"lit-rl: {explain(str(error))}")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        super()._run_subcommand(subcommand)
+        ranks.join(self.trainer)
+
 
 def _free_folder(name: str) -> str:
     taken = {int(m[1]) for p in Path("runs").glob(f"{name}-*") if (m := re.fullmatch(rf"{name}-(\d+)", p.name))}
@@ -178,7 +182,7 @@ def run_cli(argv: list[str]) -> CLI:
     before = {name: os.environ.get(name) for name in (RUN_VARIABLE, ranks.LAUNCHER_VARIABLE)}
     ranks.end_with_launcher()
     try:
-        cli = CLI(
+        return CLI(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
@@ -191,8 +195,6 @@ def run_cli(argv: list[str]) -> CLI:
                 "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
             },
         )
-        ranks.join(cli.trainer)
-        return cli
     finally:
         for name, value in before.items():
             if value is None:
