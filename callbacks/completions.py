@@ -14,6 +14,7 @@ from lit_rl.actor import Actor
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
 from lit_rl.task import Verdict
+from lit_rl.tolerance import tolerate
 
 COLUMNS = [
     "step",
@@ -74,7 +75,7 @@ class Completions(RLCallback):
             return
         records = self.records(experience, step)
         if write and self._path is not None:
-            written = run.tolerate(self._path, partial(jsonl.append, self._path, records))
+            written = tolerate(self._path, partial(jsonl.append, self._path, records))
             if not written and isinstance(policy, Actor):
                 policy.count("skipped/completions_unwritten", len(records))
         if trainer.is_global_zero:

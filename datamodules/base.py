@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lit_rl.checks import Spare, require
+from lit_rl.checks import require
 from lit_rl.task import Task
+from lit_rl.tolerance import Spare
 
 
 class Tasks(Protocol):

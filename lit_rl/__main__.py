@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"lit-rl: {error}")
     try:
         run_cli(argv)
-    except FileExistsError as error:  # another run's folder
+    except (FileExistsError, PermissionError) as error:  # the run's folder
         sys.exit(f"lit-rl: {error}")
 
 

@@ -20,11 +20,12 @@ from torch import nn
 
 from lit_rl import adapters, jsonl, models, ranks, run, sharding
 from lit_rl.adapters import LoRA
-from lit_rl.checks import Spare, require
+from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
 from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
+from lit_rl.tolerance import Spare
 
 
 class Actor(L.LightningModule):
@@ -199,6 +200,8 @@ class Actor(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         sharding.refuse_unsupported(self.trainer.strategy, self.model, self.adapters is not None)
+        for logger in self.trainer.loggers:
+            run.shield(logger)
         message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
         warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 

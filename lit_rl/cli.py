@@ -120,6 +120,7 @@ class CLI(LightningCLI):
             name = config.model.class_path.rpartition(".")[2].lower()
             os.environ[RUN_VARIABLE] = config.run = os.environ.get(RUN_VARIABLE) or config.run or _free_folder(name)
             self.folder = Path(config.run)
+            run.refuse_unwritable(self.folder)
         config.trainer.default_root_dir = config.trainer.default_root_dir or config.run
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -130,6 +131,7 @@ class CLI(LightningCLI):
             for logger in others:
                 if isinstance(logger, WandbLogger):
                     run.name_in_wandb(logger, self.folder, str(self.subcommand))
+                    run.connect(logger)
             kwargs["logger"] = [RunLogger(str(self.folder)), *others]
         return super().instantiate_trainer(**kwargs)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_rl import run
 from lit_rl.checks import require
 from lit_rl.experience import Experience
+from lit_rl.tolerance import tolerate
 
 DUMPS = 3
 """Files that a run writes at most: the first tell most."""
@@ -46,7 +47,7 @@ class Guard:
         if self.in_a_row == 1 and self.dumps < DUMPS and not trainer.fast_dev_run:
             self.dumps += 1
             path = run.folder(trainer) / run.by_rank(run.NON_FINITE.format(step), trainer.global_rank)
-            run.tolerate(path, lambda: dump(path, step, slices, losses))
+            tolerate(path, lambda: dump(path, step, slices, losses))
             where = f" It was made of what is in {path}."
         rank_zero_warn(
             f"step {step}: the loss or gradient is not finite (loss {sum(losses):g}, gradient norm {self.norm:g}). The"

@@ -12,11 +12,11 @@ checkpoints/
 
 from __future__ import annotations
 
+import os
 import warnings
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_rl import jsonl
 from lit_rl.metrics import Table
+from lit_rl.tolerance import attempt, tolerate
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 COMPLETIONS, PREDICTIONS = "completions.jsonl", "predictions.jsonl"
@@ -34,6 +35,8 @@ NON_FINITE = "non_finite-{}.pt"
 KEPT = 10_000
 """Lines of metrics that wait in memory while the disk refuses them, at most."""
 WANDB_ID = "wandb_id"
+WANDB_TIMEOUTS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}
+"""Seconds that W&B may hold up a run at its start and at its end, unless these variables say otherwise."""
 
 
 class RunLogger(Logger):
@@ -97,6 +100,29 @@ def name_in_wandb(logger: WandbLogger, folder: Path, command: str) -> None:
         settings["dir"] = str(folder.absolute())  # W&B's own process has a working directory of its own
 
 
+def connect(logger: WandbLogger) -> None:
+    """Starts the logger's run in W&B: offline, with a warning, when the service cannot be reached. ValueError: no login."""
+    from wandb.errors import CommError, UsageError
+
+    for name, seconds in WANDB_TIMEOUTS.items():
+        os.environ.setdefault(name, seconds)
+    try:
+        _ = logger.experiment
+    except CommError as error:
+        warnings.warn(f"W&B cannot be reached, and this run is kept offline, for `wandb sync` to upload: {error}")
+        logger._wandb_init["mode"] = "offline"
+        _ = logger.experiment
+    except UsageError as error:
+        raise ValueError(f"W&B: {error} Or set WANDB_MODE=offline.") from error
+
+
+def shield(logger: Logger) -> None:
+    """From now on an error in one of this logger's methods costs what it was to log, and not the run."""
+    if not isinstance(logger, RunLogger) and "log_metrics" not in vars(logger):
+        for name in ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize"):
+            setattr(logger, name, partial(attempt, getattr(logger, name)))
+
+
 def folder(trainer: L.Trainer) -> Path:
     """Where this run writes; to be called on all ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir)
@@ -107,20 +133,13 @@ def by_rank(name: str, rank: int) -> str:
     return name if rank == 0 else name.replace(".", f".rank{rank}.", 1)
 
 
-def tolerate(path: Path, write: Callable[[], Any]) -> bool:
-    """Runs `write`, which fills `path`. When the disk refuses, the run goes on without: False, and one warning a file."""
-    try:
-        write()
-    except OSError as error:
-        warn_once(f"cannot write {path.absolute()}: {error.strerror}. The run goes on. This message comes once.")
-        return False
-    return True
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Whatever the filters of warnings say."""
-    warnings.warn(message)
+def refuse_unwritable(folder: Path) -> None:
+    """Before anything is loaded: the run's folder must be one that can be made and filled."""
+    known = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not known.is_dir() or not os.access(known, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{known} cannot hold the run's folder {folder}: it is no folder, or is not yours to write in"
+        )
 
 
 def refuse_other_run(file: Path, trainer: L.Trainer | None = None) -> None:
@@ -144,7 +163,8 @@ def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
     if logger := wandb_logger(trainer):
         for name in table.scalars().keys() - {"length"}:
             metric = f"{stage}/{name}"
-            logger.experiment.define_metric(metric, step_metric="trainer/global_step", summary="max,last")
+            define = logger.experiment.define_metric
+            attempt(define, metric, step_metric="trainer/global_step", summary="max,last")
     if trainer.loggers and not getattr(trainer, "fast_dev_run", False):
         record = {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}
         tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))

@@ -1,18 +1,23 @@
 """Faults cost what they must and nothing more. Each is injected into a real run, most of them through the real command."""
 
+import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from test_policy import Letters, policy, trainer, weights
 
@@ -358,6 +363,33 @@ def test_what_a_full_disk_keeps_to_the_end_is_said():
         run.fit(policy(), Letters())
 
 
+def test_a_folder_that_vanishes_is_made_again():
+    class Vanish(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                shutil.rmtree("r")
+
+    saver = ModelCheckpoint(every_n_train_steps=1, save_last=True)
+    run = trainer(
+        max_steps=4,
+        callbacks=[Completions(), Vanish(), saver],
+        logger=RunLogger("r"),
+        log_every_n_steps=1,
+        default_root_dir="r",
+        enable_checkpointing=True,
+    )
+    run.fit(policy(), Letters())
+    assert [row["step"] for row in steps("r")] == [2, 3]
+    assert {r["step"] for r in jsonl.read(Path("r/completions.jsonl"))} == {2, 3}
+    assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_loaded(capsys):
+    Path("file").touch()
+    with pytest.raises(SystemExit, match=r"file cannot hold the run's folder file/r: it is no folder"):
+        main([*TINY, "--run", "file/r", "--model.model", "no/such-model"])
+
+
 def test_records_are_whole_lines_whatever_happens():
     path = Path("x.jsonl")
     jsonl.append(path, [{"step": 0}])
@@ -540,7 +572,7 @@ def test_signals_lose_nothing():
 # ---------------------------------------------------------------- W&B
 
 CRASHES = """
-import os, signal
+import os, signal, urllib.request
 from pathlib import Path
 import lightning.pytorch as L
 
@@ -552,6 +584,11 @@ class KillService(L.Callback):
                 if b"wandb-core" in line and f"\\0{os.getpid()}\\0".encode() in line:
                     os.kill(int(folder.name), signal.SIGKILL)
                     Path("killed").touch()
+
+class KillServer(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 1:
+            urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/end")
 """
 WANDB = [
     "--trainer.logger",
@@ -576,7 +613,7 @@ def test_wandb_out_of_reach_leaves_the_run_offline_and_whole():
     nowhere = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     code, text = Command(*TINY, *WANDB, WANDB_INIT_TIMEOUT="2", **nowhere).ends()
     assert code == 0, text
-    assert text.count("W&B cannot be reached, and this run is kept offline") == 1
+    assert text.count("kept offline, for `wandb sync` to upload: Timed out") == 1
     assert list(Path("r/wandb").glob("offline-run-*/*.wandb"))
     has_everything("r")
 
@@ -587,5 +624,53 @@ def test_wandb_that_crashes_in_the_middle_of_a_run_is_said_once():
     code, text = Command(*TINY, *WANDB, "--trainer.callbacks+=crashes.KillService").ends()
     assert code == 0, text
     assert Path("killed").exists()
-    assert text.count("a logger failed, and lacks records from here on") == 1
+    assert text.count("a logger failed, and what it misses is in the run's own files") == 1
+    has_everything("r")
+
+
+class Service(BaseHTTPRequestHandler):
+    """As much of W&B's service as a run needs to start; its last request is /end."""
+
+    bucket = {"id": "x", "name": "abc", "displayName": "n", "config": "{}", "historyLineCount": 0}
+    bucket["project"] = {"id": "p", "name": "lit-rl", "entity": {"id": "e", "name": "me"}}
+    answers = {
+        "upsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+        "viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+    }
+
+    def do_POST(self):
+        text = self.rfile.read(int(self.headers.get("content-length", 0))).decode(errors="replace")
+        body = json.dumps(
+            {"data": next((answer for name, answer in self.answers.items() if name in text), {})}
+        ).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.do_POST()
+        if self.path == "/end":
+            threading.Thread(target=lambda: (self.server.shutdown(), self.server.server_close())).start()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_wandb_that_goes_away_in_the_middle_of_a_run_does_not_hold_up_its_end():
+    Path("crashes.py").write_text(CRASHES)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    here = {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_FINISH_TIMEOUT": "2"}
+    here["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        code, text = Command(*TINY, *WANDB, "--trainer.callbacks+=crashes.KillServer", **here).ends()
+    finally:
+        server.shutdown()
+    thread.join(5)
+    assert not thread.is_alive(), "the run has ended the service"
+    assert code == 0, text
+    assert "Syncing run" in text
     has_everything("r")
