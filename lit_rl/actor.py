@@ -295,6 +295,8 @@ class Actor(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("lit_rl", {})
         adapters.check(self.adapters, saved.get("adapters"))
+        if self._trainer is None:  # load_from_checkpoint: the weights alone
+            return
         states = saved.get("ranks", [])
         if len(states) == self.trainer.world_size:
             state = states[self.global_rank]

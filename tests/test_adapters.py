@@ -215,11 +215,10 @@ def test_gradient_checkpointing_is_off_while_sampling(monkeypatch):
     assert calls
 
 
-@pytest.mark.parametrize("overlay", [[], ["--config", "lora"]], ids=["full", "lora"])
-def test_adamw_in_8_bits_from_the_command_line_resumes_exactly(overlay, capsys):
+def test_adamw_in_8_bits_from_the_command_line_resumes_exactly(capsys):
     optimizer = ("--optimizer", "bitsandbytes.optim.AdamW8bit", "--optimizer.lr", 1e-3)
     every = ("--trainer.callbacks.every_n_train_steps", 1, "--trainer.limit_val_batches", 0)
-    args = ("--config", "rloo", *overlay, "--config", "tiny", *optimizer, *every)
+    args = ("--config", "rloo", "--config", "lora", "--config", "tiny", *optimizer, *every)
     fit(capsys, *args, "--trainer.max_steps", 4, "--run", "straight")
     fit(capsys, *args, "--trainer.max_steps", 2, "--run", "stopped")
     fit(capsys, *args, "--trainer.max_steps", 4, "--run", "stopped", "--ckpt_path", "last")
@@ -288,6 +287,29 @@ def test_export_merges_and_keeps_the_adapters(lora):
     assert not torch.equal(logits(plain), logits(alone))
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt2"])
+def test_merging_in_other_architectures(name):
+    model, _ = adapters.adapt(model_of(name), LoRA(rank=3), "")
+    want = logits(stir(model, 0.5))
+    models.export(model, models.tiny_tokenizer(), "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert (logits(merged) - want).abs().max() < 1e-3
+    with adapters.disabled(model):
+        assert (logits(model) - want).abs().max() > 0.1
+
+
+def test_adapters_of_a_half_precision_model_stay_in_float32(lora):
+    module = policy(lora=lora, dtype="bfloat16")
+    trainer(max_steps=2).fit(module, Letters())
+    assert {p.dtype for p in module.model.parameters() if p.requires_grad} == {torch.float32}
+    assert module.token_terms.notes == []
+    assert stir(module.model).lm_head.weight.dtype == torch.bfloat16
+    module.export("out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out")
+    assert merged.dtype == torch.bfloat16
+    assert (logits(merged) - logits(module.model)).abs().mean() < 0.02
+
+
 def test_a_checkpoint_exports_alone_or_with_its_base_elsewhere(lora):
     """By the state of the random numbers ("tiny"), by name, and by a name that is given."""
     models.export(policy().model, policy().tokenizer, "base")
@@ -307,6 +329,8 @@ def test_a_checkpoint_exports_alone_or_with_its_base_elsewhere(lora):
         merged = transformers.AutoModelForCausalLM.from_pretrained("out")
         assert torch.allclose(logits(merged), logits(module.model), atol=1e-5)
         assert Path("out/adapter/adapter_config.json").is_file()
+    again = GRPO.load_from_checkpoint("x.ckpt", model="moved", weights_only=True)
+    assert torch.equal(logits(again.model), logits(module.model))
 
 
 def test_adapters_are_not_put_on_another_base(capsys):
@@ -438,7 +462,7 @@ def test_missing_packages_are_named(monkeypatch):
         policy(lora=KINDS["lora"])
 
 
-def test_a_quantised_model_is_refused(tmp_path):
+def test_a_quantised_model_is_refused():
     models.export(policy().model, policy().tokenizer, "base")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained("base", quantization_config=config)
