@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from random import Random
 from typing import Any, Literal, Protocol
@@ -47,13 +46,13 @@ class Turns(DistributedSampler[int]):
 class ResumableLoader(DataLoader[Task]):
     """A DataLoader of task lists whose position is part of the checkpoint. One process: tasks are made in microseconds.
 
-    `epoch_batches` tells how many batches an epoch has when the Trainer limits them."""
+    A `trainer` tells which batches are done, where the loader itself only knows which it has given away."""
 
     def __init__(
-        self, dataset: Dataset[Task], *, epoch_batches: Any = None, collate_fn: Any = list, **kwargs: Any
+        self, dataset: Dataset[Task], *, trainer: L.Trainer | None = None, collate_fn: Any = list, **kwargs: Any
     ) -> None:
         super().__init__(dataset, collate_fn=collate_fn, **kwargs)
-        self.epoch_batches = epoch_batches
+        self.trainer = trainer
         self.spare, self.left_out = Spare(), 0
         """Tasks of the latest batch that could not be made."""
         self._done = 0
@@ -70,8 +69,11 @@ class ResumableLoader(DataLoader[Task]):
                 yield tasks
 
     def state_dict(self) -> dict[str, int]:
-        epoch = min(len(self), self.epoch_batches() if self.epoch_batches else len(self))
-        return {"batches": self._done % max(1, int(epoch))}  # an epoch's end is the next one's start
+        done, epoch = self._done, len(self)
+        if self.trainer is not None:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            epoch = int(self.trainer.num_training_batches)  # the Trainer may limit them
+        return {"batches": done % max(1, epoch)}  # an epoch's end is the next one's start
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches"]
@@ -110,7 +112,7 @@ class TaskData(L.LightningDataModule):
             batch_size=self.batch_size,
             sampler=self._sampler(tasks, shuffle=self.shuffle),
             drop_last=True,
-            epoch_batches=lambda: self.trainer.num_training_batches if self.trainer else math.inf,
+            trainer=self.trainer,
         )
 
     def val_dataloader(self) -> DataLoader[Task]:

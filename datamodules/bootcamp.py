@@ -81,6 +81,8 @@ class Bootcamp(TaskData):
         self.adaptive, self.promote_at, self.window = adaptive, promote_at, window
         self.current = {member.name: low for member in self.weights}
         self.recent: dict[str, list[bool]] = defaultdict(list)
+        self._before: tuple[int, dict[str, Any]] = (-1, {})
+        """The latest step, and the state before it."""
 
     def tasks(self, split: str) -> _Split:
         return _Split(self, split)
@@ -89,6 +91,8 @@ class Bootcamp(TaskData):
         """Promotes families whose current level is mastered, by the responses of all ranks."""
         if not self.adaptive:
             return
+        if trainer.global_step != self._before[0]:  # not so in the further rounds of dynamic sampling
+            self._before = trainer.global_step, self._state()
         outcomes = [
             (task.family, task.meta.get("level"), verdict.correct)
             for task, verdict, given in zip(
@@ -114,10 +118,16 @@ class Bootcamp(TaskData):
                 rank_zero_info(f"{name} is promoted to level {self.current[name]}")
             policy.log(f"level/{name}", float(self.current[name]))
 
-    def state_dict(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {"current": dict(self.current), "recent": {k: list(v) for k, v in self.recent.items()}}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of a step that is interrupted, the state before it: a resumed run takes it again."""
+        step, before = self._before
+        return before if self.trainer is not None and self.trainer.global_step == step else self._state()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = (-1, {})
         self.current.update(state["current"])
         self.recent = defaultdict(list, {k: list(v) for k, v in state["recent"].items()})
 

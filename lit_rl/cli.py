@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 import lit_rl.callbacks
 import lit_rl.datamodules
-from lit_rl import jsonl, methods, ranks, run
+from lit_rl import methods, ranks, resume, run
 from lit_rl.adapters import LoRA
 from lit_rl.commands import COMMANDS, recipe_paths
 from lit_rl.generation.base import Sampling
@@ -95,9 +95,7 @@ class SaveConfig(SaveConfigCallback):
                     (folder / run.WANDB_ID).write_text(logger.version)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step and isinstance(trainer.logger, RunLogger):
-            for name in (run.METRICS, run.EVALUATIONS):
-                jsonl.rewind(Path(trainer.logger.save_dir) / name, trainer.global_step)
+        run.rewind(trainer)  # a policy does so itself
 
 
 class CLI(LightningCLI):
@@ -145,6 +143,24 @@ class CLI(LightningCLI):
         if not isinstance(result, tuple):
             return result
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+
+    def before_fit(self) -> None:
+        """`--ckpt_path last` is the newest whole checkpoint; without any, the run begins again from its start."""
+        config = self.config_init[self.subcommand]
+        if config.get("ckpt_path") != "last":
+            return
+        home, callbacks = run.folder(self.trainer), self.trainer.checkpoint_callbacks
+        folders = {Path(getattr(callback, "dirpath", None) or home / "checkpoints") for callback in callbacks}
+        try:
+            found = resume.newest(folders)
+        except ValueError as error:
+            sys.exit(f"lit-rl: {error}")
+        if found:
+            config["ckpt_path"] = str(found)
+        elif self.subcommand == "fit" and isinstance(self.trainer.logger, RunLogger):
+            run.begin_again(self.trainer)
+
+    before_validate = before_test = before_predict = before_fit
 
     def instantiate_classes(self) -> None:
         try:

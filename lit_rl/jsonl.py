@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One line a record: all of them or, when OSError is raised, none. A line that a crash cut short is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-    data = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes JSON's own escape of it
+    data = b"".join(map(line, records))
     with path.open("a+b", buffering=0) as file:
         end = file.tell()
         if end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
@@ -28,28 +27,45 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
             raise
 
 
+def ends_with(path: Path, record: dict[str, Any]) -> bool:
+    """Whether it is the last one of the file: a resumed run repeats what it was stopped at."""
+    if not path.exists():
+        return False
+    data = line(record)
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(data)))
+        return file.read() == data
+
+
+def line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes JSON's own escape of it
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file, none when there is no file; a line that a crash cut short is left out."""
-    records = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    ):  # not splitlines: texts hold U+2028
+    return [record for _, record in _lines(path)]
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops the records of `step` and later, which a run that resumes at `step` writes again, and lines cut short."""
+    if not path.exists():
+        return
+    kept = [line for line, record in _lines(path) if record.get("step") is None or record["step"] < step]
+    text = "".join(line + "\n" for line in kept).encode()
+    if text != path.read_bytes():
+        fresh = path.with_suffix(".tmp")
+        fresh.write_bytes(text)
+        os.replace(fresh, path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: texts hold U+2028
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drops the records of `step` and later, which a run that resumes at `step` writes again."""
-    records = read(path)
-    kept = [record for record in records if record.get("step") is None or record["step"] < step]
-    if len(kept) < len(records):
-        fresh = path.with_suffix(".tmp")
-        fresh.unlink(missing_ok=True)
-        append(fresh, kept)
-        fresh.touch()
-        os.replace(fresh, path)
+            yield line, record

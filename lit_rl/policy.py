@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import hooks, models, ranks, sharding
+from lit_rl import hooks, models, ranks, run, sharding
 from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.guard import Guard
 from lit_rl.objectives import token_weights
+from lit_rl.resume import ExactResume
 from lit_rl.stopping import Stopping
 from lit_rl.task import Task, Verdict
 
@@ -134,7 +135,7 @@ class Policy(Actor):
                     raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [self.stopping]
+        return [self.stopping, ExactResume()]
 
     def respond(self, *args: Any, **kwargs: Any) -> Any:
         with self.stopping.at_once():
@@ -168,6 +169,11 @@ class Policy(Actor):
                 f" {lost / sum(p.numel() for p in half):.0%} of them. Leave model.dtype at float32 and set the Trainer's"
                 " precision to bf16-mixed"
             )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if self.trainer.training:  # a step begins, and none of its hooks has logged yet
+            run.forget_step(self.trainer)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not isinstance(batch, list) or not all(isinstance(task, Task) for task in batch):
@@ -288,12 +294,21 @@ class Policy(Actor):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: `_accumulate` does it once a minibatch, and Lightning would do it once a slice."""
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def log_step(self) -> None:
+        """Logs the policy's own numbers at the end of a step, before any checkpoint of it is saved."""
         taken = self.epochs * sum(map(bool, self._plan))
         self.log("loss", self.sum_over_ranks(sum(self._losses)) / self.trainer.world_size / max(1, taken))
         everyone = ranks.gather(self.counts)
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_rl"]["guard"] = self.guard.in_a_row, self.guard.dumps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.guard.in_a_row, self.guard.dumps = checkpoint.get("lit_rl", {}).get("guard", (0, 0))
 
     def sum_over_ranks(self, value: float) -> float:
         if self.trainer.world_size == 1:

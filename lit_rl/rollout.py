@@ -155,8 +155,8 @@ class Rollout(Policy):
             x.mask &= ~x.truncated[:, None]
         return x
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def log_step(self) -> None:
+        super().log_step()
         total, count = (self.sum_over_ranks(value) for value in self._rewards)
         if count:
             self.log("reward", total / count, prog_bar=True)

@@ -23,7 +23,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_rl import jsonl
 from lit_rl.metrics import Table
@@ -61,8 +61,11 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._waiting.append({"step": step, **{k: float(v) for k, v in metrics.items()}})
-        self._write()
+        record = {"step": step, **{k: float(v) for k, v in metrics.items()}}
+        known = self._waiting and jsonl.line(self._waiting[-1]) == jsonl.line(record)  # not ==: NaN is NaN
+        if not known and not jsonl.ends_with(self.folder / METRICS, record):
+            self._waiting.append(record)
+            self._write()
 
     def _write(self) -> None:
         path = self.folder / METRICS
@@ -152,6 +155,40 @@ def refuse_other_run(file: Path, trainer: L.Trainer | None = None) -> None:
         )
 
 
+def forget_step(trainer: L.Trainer) -> None:
+    """Drops the last step's metrics: Lightning would log those that this step has not on every line until the epoch's end."""
+    results = trainer.fit_loop.epoch_loop._results
+    for name in [name for name, value in results.items() if value.meta.on_step and not value.meta.on_epoch]:
+        del results[name]
+
+
+def record_step(trainer: L.Trainer) -> None:
+    """Writes the step's line of metrics.jsonl at once, where Lightning would do it after the checkpoint."""
+    loggers = trainer.loggers
+    trainer.loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
+    try:
+        trainer._logger_connector.update_train_step_metrics()
+    finally:
+        trainer.loggers = loggers
+
+
+def rewind(trainer: L.Trainer) -> None:
+    """Drops what a resumed run writes again: the records of the steps to come."""
+    if trainer.is_global_zero and isinstance(trainer.logger, RunLogger):
+        jsonl.rewind(trainer.logger.folder / METRICS, trainer.global_step)
+        jsonl.rewind(trainer.logger.folder / EVALUATIONS, trainer.global_step + 1)  # evaluations are of a finished step
+
+
+def begin_again(trainer: L.Trainer) -> None:
+    """Drops all records of a run that stopped before its first checkpoint."""
+    shared = [METRICS, EVALUATIONS] if trainer.is_global_zero else []
+    files = [folder(trainer) / name for name in (*shared, by_rank(COMPLETIONS, trainer.global_rank))]
+    if any(file.exists() for file in files):
+        rank_zero_warn(f"{folder(trainer)} holds no checkpoint yet: its run begins again, and its records are dropped.")
+    for file in files:
+        jsonl.rewind(file, 0)
+
+
 def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
     """Prints the table (when evaluation is what the Trainer was asked for) and, unless logging is off, keeps it. In W&B's
     summary of a run the best stands beside the latest."""
@@ -167,4 +204,5 @@ def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
             attempt(define, metric, step_metric="trainer/global_step", summary="max,last")
     if trainer.loggers and not getattr(trainer, "fast_dev_run", False):
         record = {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}
-        tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))
+        if trainer.state.fn != "fit" or not jsonl.ends_with(path / EVALUATIONS, record):
+            tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))

@@ -5,7 +5,6 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rl import GRPO, SFT, DrGRPO, RLCallback, Sampling, Task, Verdict
 from lit_rl.datamodules.base import TaskData
@@ -309,31 +308,6 @@ def test_equal_prompts_get_other_samples():
         trainer(max_steps=1, callbacks=[Watch()]).fit(policy(DAPO, max_rounds=3), Same())
     assert len(texts) == 3 * 4 * 4
     assert len(set(texts)) == len(texts)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("settings", [dict(limit_train_batches=3), dict()])
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_resume_is_exact(settings, stop, shuffle):
-    def run(**kwargs):
-        prompts = []
-
-        class Watch(RLCallback):
-            def on_rollout(self, trainer, module, x):
-                prompts.extend(t.text() for t in x.tasks)
-
-        module, data = policy(), Letters(n=16)
-        data.shuffle = shuffle
-        saver = ModelCheckpoint("saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer(max_steps=6, callbacks=[Watch(), saver], enable_checkpointing=True, **settings).fit(
-            module, data, **kwargs
-        )
-        return prompts, weights(module)
-
-    prompts, straight = run()
-    rest, resumed = run(ckpt_path=f"saved/step={stop}.ckpt")
-    assert prompts[4 * stop :] == rest
-    assert torch.equal(straight, resumed)
 
 
 def test_a_checkpoint_holds_no_objects_and_exports_alone():
