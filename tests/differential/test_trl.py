@@ -111,7 +111,7 @@ def test_scales_of_the_advantage(same, loss_type, scale_rewards):
     same(loss_type, dict(advantage=SCALES[scale_rewards]), scale_rewards=scale_rewards, **AWAY["stale"])
 
 
-@pytest.mark.parametrize("loss_type", LOSSES.keys() - {"bnpo"})
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "bnpo"])
 def test_gradient_accumulation(same, made, loss_type):
     halves = dict(per_device_train_batch_size=len(made[1]) // 2, gradient_accumulation_steps=2)
     same(loss_type, dict(microbatch_tokens=30), **halves, **AWAY["stale"])
