@@ -579,10 +579,10 @@ import lightning.pytorch as L
 class KillService(L.Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 1:
-            for folder in Path("/proc").glob("[0-9]*"):
-                line = (folder / "cmdline").read_bytes()
-                if b"wandb-core" in line and f"\\0{os.getpid()}\\0".encode() in line:
-                    os.kill(int(folder.name), signal.SIGKILL)
+            own = [p.read_text().split() for p in Path("/proc/self/task").glob("*/children")]
+            for child in [pid for pids in own for pid in pids]:
+                if b"wandb-core" in Path("/proc", child, "cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
                     Path("killed").touch()
 
 class KillServer(L.Callback):
