@@ -124,20 +124,26 @@ def test_rft_imitates_right_answers_alone():
     assert not close(whole, half, 0.1)
 
 
-def test_rewards_become_right_or_wrong_and_the_rate_is_the_prompts():
+def partly(text):
+    """0, 0.25, ... 1, and below and above."""
+    return (ord(text[0]) % 7 - 1) / 4 if text else 0.0
+
+
+def test_rewards_between_count_by_their_distance_from_the_mean():
     class See(RLCallback):
         def on_advantage(self, trainer, module, x):
             self.x = x
 
-    see = See()
-    partial = Letters(score=lambda text: (ord(text[0]) % 5) / 4 if text else 0.0)
-    trainer(max_steps=1, callbacks=[see]).fit(policy(NFT, dynamic_sampling=False, threshold=0.6), partial)
-    x = see.x
-    raw = torch.tensor([v.score for v in x.verdicts])
-    assert set(raw.tolist()) > {0.25, 0.75}
-    assert torch.equal(x.rewards, (raw > 0.6).float())
+    see, recorder, bounded = See(), Gradients(), Letters(score=lambda text: min(1.0, max(0.0, partly(text))))
+    module = policy(NFT, dynamic_sampling=False)
+    trainer(max_steps=1, callbacks=[see, recorder]).fit(module, Letters(score=partly))
+    x, raw = see.x, torch.tensor([v.score for v in see.x.verdicts])
+    assert {-0.25, 0.25, 1.25} < set(raw.tolist())
+    assert torch.equal(x.rewards, raw.clamp(0, 1))
     for g in range(4):
-        assert torch.equal(x.extra["rate"][x.group == g], x.rewards[x.group == g].mean().expand(4))
+        assert torch.allclose(x.extra["rate"][x.group == g], x.rewards[x.group == g].mean())
+    (want,) = first_gradients(DrGRPO, data=bounded)
+    assert close(recorder.seen[0], want)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from lit_rl.task import Task
 
 class NFT(Rollout):
     """NFT (Chen et al. 2025, arXiv 2505.18116): supervised learning on right answers, and on wrong ones through an implicit
-    negative policy. Rewards become 1 (right) or 0, whatever their scale; a prompt answered always or never rightly gives
-    no gradient. On-policy the gradient is that of the advantage, so NFT differs from Dr. GRPO and GRPO only where there is
-    more than one minibatch: the paper draws 16 responses a prompt and takes 16 minibatches, as its recipe does.
+    negative policy. A prompt answered always or never rightly gives no gradient. On-policy the gradient is that of the
+    advantage, so NFT differs from Dr. GRPO and GRPO only where there is more than one minibatch: the paper draws 16
+    responses a prompt and takes 16 minibatches, as its recipe does.
+
+    Rewards are cut to [0, 1], so those of 0 and 1 and those of -1 and 1 do the same. One between, which the paper does not
+    have, is taken for the chance of being right: a row above its prompt's mean is imitated and one below it unlearned.
 
     The authors' code adds tokens up over 1000, this over the minibatch's rows times `sampling.max_new_tokens`. Of Rollout's
     options, `objective`, the clips and `cap` play no part.
@@ -30,7 +33,6 @@ class NFT(Rollout):
             constant sqrt((group - 1) / group).
         epsilon: Lower bound of the negative policy's ratio, which on-policy is 1.
         neg_weight: Weight of wrong answers.
-        threshold: Rewards above it are right; 0.5 suits rewards of 0 and 1 and of -1 and 1.
     """
 
     def __init__(
@@ -42,7 +44,6 @@ class NFT(Rollout):
         ratio: Literal["token"] = "token",
         epsilon: float = 1.0,
         neg_weight: float = 1.0,
-        threshold: float = 0.5,
         dynamic_sampling: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -57,11 +58,11 @@ class NFT(Rollout):
         require(
             not (self.kl_in_reward and self.kl_coef), "kl_in_reward", True, "false: NFT knows right and wrong alone"
         )
-        self.epsilon, self.neg_weight, self.threshold = epsilon, neg_weight, threshold
+        self.epsilon, self.neg_weight = epsilon, neg_weight
 
     def round(self, tasks: list[Task]) -> Experience:
         x = super().round(tasks)
-        x.rewards = (x.rewards > self.threshold).to(x.rewards)
+        x.rewards = x.rewards.clamp(0.0, 1.0)
         x.extra["rate"] = group_mean(x.rewards, x.group, x.valid.to(x.rewards))
         return x
 
