@@ -29,7 +29,7 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def ends_with(path: Path, record: dict[str, Any]) -> bool:
     """Whether it is the last one of the file: a resumed run repeats what it was stopped at."""
-    if not path.exists():
+    if not path.is_file():  # nor of a device, which has no end
         return False
     data = line(record)
     with path.open("rb") as file:
@@ -49,7 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def rewind(path: Path, step: int) -> None:
     """Drops the records of `step` and later, which a run that resumes at `step` writes again, and lines cut short."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = [line for line, record in _lines(path) if record.get("step") is None or record["step"] < step]
     text = "".join(line + "\n" for line in kept).encode()
@@ -60,7 +60,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.exists():
+    if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: texts hold U+2028
         try:

@@ -16,3 +16,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """No test writes into the checkout, and one test's global seed is not another's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    yield
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # what is forked by a later test would wait for others in it
+        dist.destroy_process_group()
