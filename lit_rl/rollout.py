@@ -262,7 +262,7 @@ class Rollout(Policy):
             forward.check(self.device)
             for part in self.slices(x, torch.arange(len(x))):
                 logps, _ = forward(part.to(self.device), self.temperature)
-                result[part.extra["_row"], : logps.shape[1]] = logps.cpu()
+                result[part.extra["_row"], : logps.shape[1]] = logps.to(result)
         return result
 
     # ---------------------------------------------------------------- experience to loss

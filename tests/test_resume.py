@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -11,7 +12,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from lit_rl import GRPO, RLCallback, Sampling, jsonl, resume
+from lit_rl import GRPO, RLCallback, Sampling, Verdict, jsonl, resume
 from lit_rl.cli import CALLBACKS, METHODS
 from lit_rl.datamodules import Bootcamp
 from lit_rl.models import tiny_tokenizer
@@ -23,18 +24,22 @@ STEPS = 5
 INNER = [dict(epochs=1, minibatches=1), dict(epochs=2, minibatches=3)]
 
 
-class Easy(Bootcamp):
-    """Two batches an epoch in an order of their own; half of all first letters are right, so that levels rise and groups
-    differ."""
+def judge(text):
+    """Half of all first letters are right, and there are three answers, so that groups differ and levels rise."""
+    return Verdict(text[:1] < "N", float(text[:1] < "N"), str(ord(text[0]) % 3) if text else None)
 
-    def __init__(self):
+
+class Easy(Bootcamp):
+    """Two batches an epoch, in an order of their own."""
+
+    def __init__(self, adaptive=True):
         super().__init__(
             ["spell-backwards", "sort-numbers"],
             level=(0, 3),
             size=8,
             val_size=4,
             hint=False,
-            adaptive=True,
+            adaptive=adaptive,
             promote_at=0.4,
             window=12,
             batch_size=4,
@@ -49,7 +54,7 @@ class Easy(Bootcamp):
 
             def __getitem__(self, i):
                 task = inner[i]
-                task.score = lambda text: float(bool(text) and text[0] < "N")
+                task.score = judge
                 task.responses, task.rewards = [task.responses[0][-30:], "no"], [1.0, 0.0]
                 return task
 
@@ -80,13 +85,13 @@ def policy(method, seed=0, **settings):
     raise AssertionError(f"{method.__name__} cannot be built")
 
 
-def every_callback(module):
-    """All that can be built with their defaults, but those that refuse this method."""
+def every_callback(module, data, known=CALLBACKS):
+    """All that can be built with their defaults, but those that refuse this method or this data."""
     made = []
-    for callback in CALLBACKS.values():
+    for callback in known.values():
         try:
             probe = callback()
-            probe.setup(None, module, "fit")
+            probe.setup(SimpleNamespace(datamodule=data, callbacks=[]), module, "fit")
             probe.teardown(None, module, "fit")
         except (TypeError, ValueError):
             continue
@@ -94,9 +99,9 @@ def every_callback(module):
     return made
 
 
-def fit(module, folder, *, ckpt_path=None, callbacks=(), data=None, **settings):
+def fit(module, folder, *, adaptive=True, ckpt_path=None, callbacks=(), **settings):
     """Trains, and returns all that a run leaves but its timings."""
-    data = data or Easy()
+    data = Easy(adaptive)
     trainer = L.Trainer(
         **dict(
             max_steps=STEPS,
@@ -112,13 +117,14 @@ def fit(module, folder, *, ckpt_path=None, callbacks=(), data=None, **settings):
             enable_model_summary=False,
         )
         | settings,
-        callbacks=[*every_callback(module), *callbacks],
+        callbacks=[*every_callback(module, data), *callbacks],
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return left(folder) | {
         "weights": module.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict()["state"],
         "data": data.state_dict(),
+        "callbacks": {c.state_key: c.state_dict() for c in trainer.callbacks if not isinstance(c, Checkpoint)},
     }
 
 
@@ -191,16 +197,17 @@ def resumed(method, checkpoint, inner, straight="straight", **settings):
     return fit(policy(method, seed=1, **inner), folder, ckpt_path=checkpoint, **settings)
 
 
-@pytest.mark.parametrize("inner", INNER, ids=["1x1", "2x3"])
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_resumes_at_every_step(name, inner):
-    saves = Saves({"batch_end"})
-    straight = fit(policy(METHODS[name], **inner), "straight", callbacks=[saves])
+def test_every_method_resumes_at_every_step(name, adaptive):
+    """With the inner loop and data that do not adapt, so that no callback refuses them, and without and with."""
+    saves, inner = Saves({"batch_end"}), INNER[not adaptive]
+    straight = fit(policy(METHODS[name], **inner), "straight", callbacks=[saves], adaptive=adaptive)
     assert len(straight["metrics"].split("\n")) == STEPS + STEPS  # a line a step, one a validation
     assert sorted(step for step, _ in saves.files) == list(range(1, STEPS + 1))
     for (step, _), file in saves.files.items():
         if step < STEPS:
-            assert same(resumed(METHODS[name], file, inner), straight)
+            assert same(resumed(METHODS[name], file, inner, adaptive=adaptive), straight)
 
 
 MOMENTS = {
