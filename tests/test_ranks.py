@@ -17,10 +17,9 @@ from lit_rl import GRPO, jsonl, sharding
 from lit_rl.actor import export_checkpoint
 
 pytestmark = [
-    [pytest.mark.slow, pytest.mark.xdist_group("ranks")],
-    pytest.mark.xfail(
-        reason="some cases fail since the callbacks of several papers were joined: under repair", strict=False
-    ),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.xfail(reason="some cases fail since the callbacks of several papers were joined", strict=False),
 ]
 FIRST, LATER, MOVED = 5e-6, 2e-4, 1e-3
 """Largest relative differences, in float32: of the first gradient, of later ones, and of how far the weights have moved.
