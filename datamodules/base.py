@@ -71,7 +71,7 @@ class ResumableLoader(DataLoader[Task]):
     def state_dict(self) -> dict[str, int]:
         done, epoch = self._done, len(self)
         if self.trainer is not None:
-            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
             epoch = int(self.trainer.num_training_batches)  # the Trainer may limit them
         return {"batches": done % max(1, epoch)}  # an epoch's end is the next one's start
 

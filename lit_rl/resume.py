@@ -52,7 +52,7 @@ def newest(folders: Iterable[Path]) -> Path | None:
     Raises ValueError when every file is damaged.
     """
     files = [file for folder in folders for file in folder.glob("*.ckpt") if file.exists()]  # unlike a link to nowhere
-    damaged = []
+    damaged: list[Path] = []
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         last = file / "meta.pt" if file.is_dir() else file  # of a folder of shards, what is written last
         if last.exists() and zipfile.is_zipfile(last):  # whose directory is at the end, so that it cannot be cut short
@@ -119,14 +119,14 @@ def position(trainer: L.Trainer, validated: int) -> dict[str, Any] | None:
     `steps` done in all, the `epoch` of the last one (from 1), the `batches` of it that are done, whether it is `finished`,
     whether a validation is `due`, when the latest was at step `validated`, and whether a further step was `interrupted`.
     """
-    loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current.started
+    loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current.started  # type: ignore[attr-defined]
     progress, limit = loop.batch_progress, trainer.num_training_batches
-    steps, batches = progress.total.processed, progress.current.processed
+    steps, batches = progress.total.processed, progress.current.processed  # type: ignore[attr-defined]
     if not steps:
         return None
     interrupted = progress.current.ready > batches
     finished = batches >= limit or (progress.is_last_batch and not interrupted)
-    due = not interrupted and validated != steps and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    due = not interrupted and validated != steps and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
     if batches == 0:  # in the first step of an epoch: as at the end of the last one
         epoch, batches, finished = epoch - 1, 1 if math.isinf(limit) else int(limit), True
     at = {"steps": steps, "epoch": epoch, "batches": batches, "finished": finished, "due": due}
