@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -60,6 +61,17 @@ def test_memory_is_bounded():
     assert not verdict.valid
     assert "MemoryError" in verdict.reason
     assert after.correct
+
+
+def test_a_systems_own_limit_of_memory_is_kept():
+    """As `ulimit -v` on a cluster, which no process may raise."""
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
+        "from lit_rl.scoring import Scorer; from lit_rl.task import Verdict\n"
+        "print(Scorer()([(lambda text: resource.getrlimit(resource.RLIMIT_AS)[1] / 2**36, 'a')])[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(Verdict(True, 1.0))
 
 
 def test_grandchildren_die_with_their_parent():
