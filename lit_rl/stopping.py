@@ -99,7 +99,8 @@ class Stopping(RLCallback):
             trainer.save_checkpoint(path, weights_only=False)
         except Exception as error:  # the first exception matters more
             rank_zero_warn(f"could not save {path}: {error}. The checkpoints before it stand.")
-        else:
+            return
+        if not getattr(trainer.strategy.checkpoint_io, "failed", 0):  # it has said so itself
             rank_zero_info(f"Saved {path} after step {trainer.global_step}. Continue with --ckpt_path last.")
         if self.asked == signal.SIGUSR1 and self._requeue is not None:
             self._requeue(self.asked, None)
