@@ -23,6 +23,7 @@ from lit_rl.adapters import LoRA
 from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.metrics import Evaluation, Table
+from lit_rl.resume import whole
 from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
 from lit_rl.tolerance import Spare
@@ -340,6 +341,8 @@ def export_checkpoint(
     file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not whole(path):
+        raise ValueError(f"{path} is damaged: cut short, or not a checkpoint")
     content = torch.load(file, map_location="cpu", weights_only=True)
     if "lit_rl" not in content:
         raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")

@@ -29,6 +29,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 METHODS = {name: getattr(lit_rl, name) for name in methods.__all__}
 DATAMODULES = {name: getattr(lit_rl.datamodules, name) for name in lit_rl.datamodules.__all__}
 CALLBACKS = {name: getattr(lit_rl.callbacks, name) for name in lit_rl.callbacks.__all__}
+RESTARTS = "SLURM_RESTART_COUNT"
+"""How often SLURM has put this job back into its queue and started it again: the run then goes on."""
 RUN_VARIABLE = "LIT_RL_RUN"
 """Tells the processes that a launcher starts with the same command line which folder rank 0 has chosen."""
 
@@ -107,9 +109,18 @@ class CLI(LightningCLI):
             help="The run's folder; runs/METHOD-N when it is not given, and none when the logger is false.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        named = self.config[self.config.subcommand].get("ckpt_path")
+        if named and named not in ("last", "best", "hpc") and "://" not in named and not resume.whole(Path(named)):
+            what = "is damaged: cut short, or not a checkpoint" if Path(named).exists() else "does not exist"
+            sys.exit(f"lit-rl: the checkpoint {named} {what}. --ckpt_path last finds a run's newest whole one.")
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.folder: Path | None = None
+        if self.subcommand == "fit" and config.get("ckpt_path") is None and int(os.environ.get(RESTARTS, "0")):
+            config.ckpt_path = "last"
         if not (config.trainer.fast_dev_run or config.trainer.barebones or config.trainer.logger is False):
             if config.run is None and config.trainer.num_nodes > 1:
                 sys.exit(

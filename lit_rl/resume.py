@@ -27,12 +27,45 @@ STATE, PART = "lit_rl.position", "saving.part"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all: written beside their place, flushed to the disk, then renamed."""
+    """Checkpoints that appear whole or not at all: written beside their place, flushed to the disk, then renamed.
+
+    While the disk refuses them, the run goes on and those before are kept, unless it does so `IN_A_ROW` times.
+    """
+
+    IN_A_ROW = 10
+
+    def __init__(self) -> None:
+        self.failed = 0
+        """Saves in a row that the disk has refused."""
+        self._spared: list[Any] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        part = Path(path).with_name(PART)  # one name, so that the leftover of a crash is overwritten
+        try:
+            self._write(checkpoint, Path(path))
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__  # torch's own error covers the disk's
+            self.failed += 1
+            if not isinstance(reason, OSError) or self.failed >= self.IN_A_ROW:
+                raise
+            rank_zero_warn(
+                f"could not save {path}: {reason.strerror}. The run goes on, and the checkpoints before it are kept; were it"
+                f" to end now, the steps since would be lost. It is an error when it happens {self.IN_A_ROW} times in a row."
+            )
+        else:
+            self.failed, spared, self._spared = 0, self._spared, []
+            for old in spared:
+                self.remove_checkpoint(old)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if self.failed:  # what takes its place has not been saved
+            self._spared.append(path)
+        else:
+            super().remove_checkpoint(path)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        part = path.with_name(PART)  # one name, so that the leftover of a crash is overwritten
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
@@ -46,6 +79,11 @@ class WholeFiles(TorchCheckpointIO):
             raise
 
 
+def whole(checkpoint: Path) -> bool:
+    """Whether it was written to its end, where a file's directory stands; of a folder of shards, meta.pt comes last."""
+    return zipfile.is_zipfile(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint)
+
+
 def newest(folders: Iterable[Path]) -> Path | None:
     """The checkpoint that was written last, of those that are whole; None when there is no file at all.
 
@@ -54,8 +92,7 @@ def newest(folders: Iterable[Path]) -> Path | None:
     files = [file for folder in folders for file in folder.glob("*.ckpt") if file.exists()]  # unlike a link to nowhere
     damaged: list[Path] = []
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        last = file / "meta.pt" if file.is_dir() else file  # of a folder of shards, what is written last
-        if last.exists() and zipfile.is_zipfile(last):  # whose directory is at the end, so that it cannot be cut short
+        if whole(file):
             if damaged:
                 rank_zero_warn(f"damaged, and passed over: {', '.join(map(str, damaged))}. Resuming from {file}.")
             return file

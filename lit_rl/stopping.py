@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -42,10 +41,7 @@ class Stopping(RLCallback):
         self._rank, self._alone = trainer.global_rank, trainer.world_size == 1
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # in place of Lightning's, which puts the old ones back at the end
+        for number in (signal.SIGINT, signal.SIGTERM):  # Lightning puts the handlers from before the fit back
             signal.signal(number, self._note)
         if SLURMEnvironment.detect() and callable(handler := signal.getsignal(signal.SIGUSR1)):
             self._requeue = handler  # Lightning's saves a checkpoint wherever training stands
@@ -98,12 +94,13 @@ class Stopping(RLCallback):
         failed = self._alone and isinstance(exception, Exception) and not isinstance(exception, FloatingPointError)
         if not self._quiet or saver is None or not (asked or failed):
             return
-        path = Path(str(saver.dirpath), saver.CHECKPOINT_NAME_LAST + saver.FILE_EXTENSION)
-        try:
-            trainer.save_checkpoint(path)
+        path = saver.last_model_path = saver.format_checkpoint_name({}, saver.CHECKPOINT_NAME_LAST)
+        try:  # the saver's state is in it, so that a resumed run replaces the file
+            trainer.save_checkpoint(path, weights_only=False)
         except Exception as error:  # the first exception matters more
             rank_zero_warn(f"could not save {path}: {error}. The checkpoints before it stand.")
-        else:
+            return
+        if not getattr(trainer.strategy.checkpoint_io, "failed", 0):  # it has said so itself
             rank_zero_info(f"Saved {path} after step {trainer.global_step}. Continue with --ckpt_path last.")
         if self.asked == signal.SIGUSR1 and self._requeue is not None:
             self._requeue(self.asked, None)

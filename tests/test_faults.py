@@ -363,6 +363,55 @@ def test_what_a_full_disk_keeps_to_the_end_is_said():
         run.fit(policy(), Letters())
 
 
+@pytest.fixture
+def small_disk():
+    """A folder on a disk of 20 MB, and a way to make it larger."""
+    Path("disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", "disk"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    yield Path("disk"), lambda: subprocess.run(["mount", "-o", "remount,size=200m", "disk"], check=True)
+    subprocess.run(["umount", "disk"], check=True)
+
+
+def test_a_disk_too_full_for_a_checkpoint_keeps_the_one_before(small_disk):
+    disk, enlarge = small_disk
+
+    class Enlarge(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                seen.update(p.name for p in disk.rglob("*.ckpt"))
+                assert (
+                    len(torch.load(disk / "checkpoints/epoch=0-step=1.ckpt", weights_only=True)["optimizer_states"])
+                    == 1
+                )
+                enlarge()
+
+    def fit(*callbacks, steps):
+        saver = ModelCheckpoint(every_n_train_steps=1, save_last=True)
+        logger = RunLogger(str(disk))
+        run = trainer(max_steps=steps, callbacks=[*callbacks, saver], logger=logger, enable_checkpointing=True)
+        run.fit(policy(), Letters())
+
+    seen = set()
+    with pytest.warns(UserWarning, match="could not save .*No space left on device. The run goes on") as warned:
+        fit(Enlarge(), steps=4)
+    assert sum("could not save" in str(w.message) for w in warned) == 5, "last of step 1, both of steps 2 and 3"
+    assert seen == {"epoch=0-step=1.ckpt"}
+    assert {p.name for p in disk.rglob("*.ckpt")} == {"epoch=0-step=4.ckpt", "last.ckpt"}, "what was spared is gone"
+
+
+def test_checkpoints_that_fail_on_and_on_are_an_error():
+    saver = ModelCheckpoint("saved", every_n_train_steps=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            trainer(max_steps=20, callbacks=[saver], enable_checkpointing=True).fit(policy(), Letters())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(Path("saved").glob("*"))
+
+
 def test_a_folder_that_vanishes_is_made_again():
     class Vanish(L.Callback):
         def on_train_batch_start(self, trainer, *_):
@@ -570,6 +619,73 @@ def test_signals_lose_nothing():
         assert "Traceback" not in text
     main(resumed)
     same("straight", "r")
+
+
+@pytest.mark.slow
+def test_slurm_requeues_a_run_that_goes_on_by_itself():
+    job = {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    job |= {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "PATH": f"{os.getcwd()}:{os.environ['PATH']}"}
+    Path("scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+    Path("scontrol").chmod(0o755)
+    command = [*TINY, *SHORT, "--run", "r"]
+    code, text = interrupted(signal.SIGUSR1, *command, place="generating", step=2, **job)
+    assert code == 128 + signal.SIGUSR1, text
+    assert Path("requeued").read_text() == "requeue 7\n"
+    code, text = Command(*command, **job, SLURM_RESTART_COUNT="1").ends()
+    assert code == 0, text
+    assert [row["step"] for row in steps("r")] == [0, 1, 2, 3, 4]
+    assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_all_of_them_after_the_step():
+    ranks = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 2]
+    code, text = interrupted(signal.SIGTERM, *TINY, *SHORT, *ranks, "--run", "r", place="training", step=1)
+    assert code == 143, text
+    assert text.count("SIGTERM: training stops") == 1
+    assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert [row["step"] for row in steps("r")] == [0, 1]
+
+
+def test_an_error_while_sampling_leaves_a_checkpoint():
+    class OutOfMemory(L.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if trainer.global_step == 2:
+                module.generator.generate = lambda *args: torch.empty(10**15)
+
+    def fit(*callbacks, **kwargs):
+        module = policy()
+        saver = ModelCheckpoint("saved", every_n_train_steps=100, save_last=True)
+        run = trainer(max_steps=4, callbacks=[*callbacks, saver], enable_checkpointing=True)
+        run.fit(module, Letters(), **kwargs)
+        return weights(module)
+
+    with pytest.raises(RuntimeError, match="alloc"):
+        fit(OutOfMemory())
+    assert torch.load("saved/last.ckpt", weights_only=True)["global_step"] == 2
+    assert torch.equal(fit(ckpt_path="saved/last.ckpt"), fit())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["fit", "--config", "grpo", "--config", "tiny", "--ckpt_path", "cut.ckpt"], "cut.ckpt is damaged: cut short"),
+        (["test", "--config", "grpo", "--config", "tiny", "--ckpt_path", "no.ckpt"], "no.ckpt does not exist"),
+        (["export", "cut.ckpt", "out"], "cut.ckpt is damaged: cut short"),
+    ],
+)
+def test_a_checkpoint_that_was_cut_short_is_refused_before_anything_is_loaded(command, message):
+    torch.save({"state_dict": {"x": torch.zeros(1000)}}, "whole.ckpt")
+    Path("cut.ckpt").write_bytes(Path("whole.ckpt").read_bytes()[:3000])
+    with pytest.raises(SystemExit, match=message):
+        main([*command, "--model.model", "no/such-model"] if command[0] != "export" else command)
+    assert not Path("runs").exists()
 
 
 # ---------------------------------------------------------------- W&B
