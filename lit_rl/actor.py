@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass, replace
@@ -13,23 +12,21 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import adapters, jsonl, models, ranks, run, sharding
+from lit_rl import adapters, models, ranks, resume, sharding
 from lit_rl.adapters import LoRA
 from lit_rl.checks import require
+from lit_rl.evaluated import Evaluated
 from lit_rl.generation.base import Completion, Generator, Sampling
-from lit_rl.metrics import Evaluation, Table
-from lit_rl.resume import whole
 from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
 from lit_rl.tolerance import Spare
 
 
-class Actor(L.LightningModule):
+class Actor(Evaluated):
     """A causal language model with its tokenizer, the engine that samples from it, and the scorer of what it says.
 
     It validates, tests and predicts in a Trainer as it is; a `Policy` is an actor that learns.
@@ -96,9 +93,6 @@ class Actor(L.LightningModule):
 
             generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode, max_rows)
         self.generator: Any = generator
-        self.evaluation = Evaluation()
-        self.table = Table([])
-        """Of the latest evaluation."""
         self.spare = Spare()
         self.counts: dict[str, float] = {}
         """Events of one training step, such as prompts that are too long."""
@@ -201,10 +195,7 @@ class Actor(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         sharding.refuse_unsupported(self.trainer.strategy, self.model, self.adapters is not None)
-        for logger in self.trainer.loggers:
-            run.shield(logger)
-        message = "You have overridden `transfer_batch_to_device` in `LightningModule`"
-        warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
+        super().setup(stage)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Casting to half precision is for weights. Buffers that a model computes, such as its rotary frequencies, keep
@@ -217,9 +208,6 @@ class Actor(L.LightningModule):
                 module._buffers[name] = before.to(after.device)
         return self
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # tasks are text
-
     @property
     def eval_sampling(self) -> Sampling:
         return (
@@ -228,41 +216,19 @@ class Actor(L.LightningModule):
             else replace(self.sampling, temperature=self.eval_temperature)
         )
 
-    def evaluate(self, tasks: list[Task]) -> None:
+    def judged(self, tasks: list[Task]) -> list[tuple[Task, list[Verdict], list[int]]]:
+        """The tasks whose prompts fit, each with the verdicts on `eval_samples` responses and their lengths in tokens."""
         kept, _, completions = self.respond(tasks, self.eval_samples, "eval", self.eval_sampling)
-        pairs = [(task, c) for task, group in zip(kept, completions, strict=True) for c in group]
-        verdicts = iter(self.score([task for task, _ in pairs], [c.text for _, c in pairs]))
-        for task, group in zip(kept, completions, strict=True):
-            judged, lengths = [next(verdicts) for _ in group], [len(c.tokens) for c in group]
-            self.evaluation.update(task.family or "all", judged, lengths)
+        pairs = [(task, c.text) for task, group in zip(kept, completions, strict=True) for c in group]
+        verdicts = iter(self.score([task for task, _ in pairs], [text for _, text in pairs]))
+        return [
+            (task, [next(verdicts) for _ in group], [len(c.tokens) for c in group])
+            for task, group in zip(kept, completions, strict=True)
+        ]
 
-    def on_validation_start(self) -> None:
-        sharding.gather(self.model)  # once for all batches: ranks may have different numbers of them
-
-    def on_validation_end(self) -> None:
-        sharding.release(self.model)
-
-    on_test_start, on_test_end, on_predict_end = on_validation_start, on_validation_end, on_validation_end
-
-    def validation_step(self, batch: list[Task], batch_idx: int) -> None:
-        self.evaluate(batch)
-
-    def test_step(self, batch: list[Task], batch_idx: int) -> None:
-        self.evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, stage: str) -> None:
-        self.evaluation.update("", [], [])  # so that no rank has nothing to gather
-        self.table = self.evaluation.compute()
-        self.evaluation.reset()
-        run.save_evaluation(self.trainer, stage, self.table)
-        for name, value in self.table.scalars().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "pass@1", sync_dist=self.trainer.world_size > 1)
+    def evaluate(self, tasks: list[Task]) -> None:
+        for task, verdicts, lengths in self.judged(tasks):
+            self.evaluation.update(task.family or "all", verdicts, lengths)
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""
@@ -276,18 +242,24 @@ class Actor(L.LightningModule):
             records = [record | {"verdict": vars(v)} for record, v in zip(records, verdicts, strict=True)]
         return records
 
-    def on_predict_start(self) -> None:
-        sharding.gather(self.model)
-        self._predictions = run.folder(self.trainer) / run.by_rank(run.PREDICTIONS, self.global_rank)
+    def on_validation_start(self) -> None:
+        sharding.gather(self.model)  # once for all batches: ranks may have different numbers of them
 
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self.trainer.loggers:
-            jsonl.append(self._predictions, outputs)
+    def on_validation_end(self) -> None:
+        sharding.release(self.model)
+
+    on_test_start, on_test_end, on_predict_end = on_validation_start, on_validation_end, on_validation_end
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        sharding.gather(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {
             "model": models.checkpoint_state(self.model, self.tokenizer),
-            "ranks": ranks.gather({"generator": self.generator.state_dict()} | self._rank_state(checkpoint)),
+            "ranks": ranks.gather(
+                {"generator": self.generator.state_dict()} | resume.rank_state(self.trainer, checkpoint)
+            ),
             "adapters": self.adapters,
         }
         if self.adapters:
@@ -298,22 +270,9 @@ class Actor(L.LightningModule):
         adapters.check(self.adapters, saved.get("adapters"))
         if self._trainer is None:  # load_from_checkpoint: the weights alone
             return
-        states = saved.get("ranks", [])
-        if len(states) == self.trainer.world_size:
-            state = states[self.global_rank]
+        if state := resume.of_this_rank(self.trainer, saved.get("ranks", [])):
             self.generator.load_state_dict(state["generator"])
-            checkpoint.update(self._rank_state(state))
-        elif self.trainer.training:
-            rank_zero_warn(
-                f"the checkpoint is of {len(states)} ranks, and this run has {self.trainer.world_size}: weights and optimiser"
-                " are restored, but not what each rank keeps of its own, such as its place in the data"
-            )
-
-    def _rank_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """What Lightning saves of rank 0 alone, and may be another on each rank."""
-        data = getattr(self.trainer, "datamodule", None)
-        keys = ("callbacks", "loops", type(data).__qualname__)
-        return {key: checkpoint[key] for key in keys if key in checkpoint}
+            checkpoint.update(resume.rank_state(self.trainer, state))
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a Hugging Face folder that transformers and vLLM load; adapters are merged, and also in "adapter" inside.
@@ -328,48 +287,3 @@ class Actor(L.LightningModule):
                 model.load_state_dict(weights)
         if self.global_rank == 0:
             models.export(model, self.tokenizer, folder, overwrite=overwrite)
-
-
-def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, overwrite: bool = False, base: str | None = None
-) -> None:
-    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else.
-
-    But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
-    """
-    path = Path(checkpoint)
-    file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    if not whole(path):
-        raise ValueError(f"{path} is damaged: cut short, or not a checkpoint")
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if "lit_rl" not in content:
-        raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
-    about = content["lit_rl"].get("adapters")
-    with torch.random.fork_rng(devices=[]):
-        if about is None:
-            model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
-        else:
-            model, tokenizer = _base_of(path, content["lit_rl"]["model"], about, base)
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if path.is_dir():
-        sharding.load_shards(weights, path)
-    else:
-        weights = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")}
-    model.load_state_dict(
-        {name.removeprefix("model."): tensor for name, tensor in weights.items()}, strict=about is None
-    )
-    models.export(model, tokenizer, folder, overwrite=overwrite)
-
-
-def _base_of(path: Path, state: dict[str, Any], about: dict[str, Any], base: str | None) -> tuple[Any, Any]:
-    """The frozen model under a checkpoint's adapters, with new adapters of their shape, and the tokenizer."""
-    if about["rng"] is not None and base is None:
-        torch.set_rng_state(about["rng"])  # "tiny" is made as it was then
-    elif not (base := base or about["base"]):
-        raise ValueError(f"{path} holds adapters of a model that has no name: say where it is (base, --base)")
-    model, tokenizer = models.from_checkpoint_state(state, base, about["dtype"])
-    model, mine = adapters.adapt(model, LoRA(**about["lora"]), base or models.TINY)
-    adapters.check(mine, about)
-    return model, tokenizer

@@ -76,7 +76,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--base", help="the model under a checkpoint of adapters, when it is not where it was")
     args = parser.parse_args(argv)
-    from lit_rl.actor import export_checkpoint
+    from lit_rl.export import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.folder, overwrite=args.overwrite, base=args.base)
     print(f"{args.folder} loads with transformers and vLLM")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lit_rl import run
 from lit_rl.checks import require
@@ -32,13 +33,14 @@ class Guard:
         self.limit, self.norm = limit, 0.0
         self.in_a_row = self.dumps = 0
 
-    def __call__(self, policy: Any, optimizer: Any, slices: list[Experience], losses: list[float]) -> None:
-        """The minibatch's slices and their losses, when its gradients stand at the optimizer's parameters."""
-        self.norm = grad_norm(optimizer)
+    def __call__(self, policy: Any, weights: list[Tensor], slices: list[Experience], losses: list[float]) -> None:
+        """The minibatch's slices and their losses, when its gradients stand at the policy's weights."""
+        self.norm = grad_norm(weights)
         if not policy.sum_over_ranks(float(not math.isfinite(self.norm + sum(losses)))):
             self.in_a_row = 0
             return
-        optimizer.zero_grad(set_to_none=True)
+        for weight in weights:
+            weight.grad = None
         if policy.trainer.is_global_zero:  # it is so on all ranks, and counts once
             policy.count("skipped/non_finite")
         self.in_a_row += 1
@@ -61,9 +63,9 @@ class Guard:
             )
 
 
-def grad_norm(optimizer: Any) -> float:
+def grad_norm(weights: list[Tensor]) -> float:
     """Of all gradients together, in float32 at least."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     if not gradients:
         return 0.0
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)

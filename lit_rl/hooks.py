@@ -35,8 +35,9 @@ class RLCallback(L.Callback):
         """The per-token terms of one slice: change the weights or add to the loss. Called once a slice."""
 
 
-def call(trainer: L.Trainer, hook: str, *args: Any) -> None:
-    """Calls `hook(trainer, module, *args)` on every callback that has it, in order, and last on the DataModule.
+def call(trainer: L.Trainer, hook: str, *args: Any, module: L.LightningModule | None = None) -> None:
+    """Calls `hook(trainer, module, *args)` on every callback that has it, in order, and last on the DataModule. The module
+    is the Trainer's, unless it is a policy in that.
 
     Logging inside a hook works wherever the caller may log. A LightningModule of your own joins with one line:
     `lit_rl.hooks.call(self.trainer, "on_loss", experience, terms)`.
@@ -45,4 +46,4 @@ def call(trainer: L.Trainer, hook: str, *args: Any) -> None:
         raise ValueError(f"there is no hook {hook!r}: the hooks are {', '.join(HOOKS)}")
     for listener in (*trainer.callbacks, getattr(trainer, "datamodule", None)):  # type: ignore[attr-defined]
         if (method := getattr(listener, hook, None)) is not None:
-            method(trainer, trainer.lightning_module, *args)
+            method(trainer, module or trainer.lightning_module, *args)

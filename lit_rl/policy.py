@@ -1,42 +1,32 @@
-"""Policy: an actor that learns. It turns tasks into experience and experience into a loss, and takes the inner steps."""
+"""Policy: an actor that learns. It turns tasks into experience, and experience into a loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import hooks, models, ranks, run, sharding
+from lit_rl import models, ranks, sharding
 from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.guard import Guard
+from lit_rl.inner import InnerLoop
 from lit_rl.objectives import token_weights
-from lit_rl.resume import ExactResume
 from lit_rl.stopping import Stopping
 from lit_rl.task import Task, Verdict
 
 Aggregate = Literal["token", "sequence", "constant"]
 
 
-class Policy(Actor):
+class Policy(InnerLoop, Actor):
     """A language model that learns. A method defines `collect(tasks) -> Experience` and `loss(slice) -> Tensor`.
 
-    One Trainer batch is a list of tasks and becomes one experience (`on_train_batch_start`). The experience is cut into
-    `minibatches`, each into slices that fit `microbatch_tokens`. `optimizer_step` takes `epochs * minibatches` steps;
-    each is a full cycle of Lightning's precision plugin, whose closure (training_step and backward) runs once a slice.
-    So clipping, schedulers, checkpoints, loggers and every other Trainer flag mean what they always mean, but
-    `accumulate_grad_batches`, which is refused.
+    The experience of a batch is cut into `minibatches`, each into slices that fit `microbatch_tokens`, and trained on as
+    `InnerLoop` does.
 
     Args:
         model: As in Actor; so are all further arguments.
@@ -55,11 +45,6 @@ class Policy(Actor):
     splits_groups: bool = True
     """Whether rows of a group may be in different slices (not different minibatches) when memory demands it."""
     aggregate: Aggregate = "token"
-    refused: ClassVar[dict[type[L.Callback], str]] = {
-        GradientAccumulationScheduler: "a policy accumulates by itself: set the DataModule's batch_size for larger batches",
-        BatchSizeFinder: "memory does not depend on batch_size: lower model.microbatch_tokens or model.max_rows when it runs out",
-    }
-    """Callbacks that cannot work, and what to do instead."""
 
     def __init__(
         self,
@@ -89,12 +74,12 @@ class Policy(Actor):
             (getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable)()
         self.token_terms = Forward(self.model)
         self.guard, self.stopping = Guard(max_non_finite), Stopping()
-        self._plan: list[list[Experience]] = []
+        self.planned: list[list[Experience]] = []
+        """This step's minibatches of slices."""
+        self.losses: list[float] = []
+        """Of the slices so far in this step."""
         self._places: dict[int, tuple[int, int]] = {}
         """Where each task stands in the batch, by its id: the round in which it was asked for, and its position there."""
-        self._minibatch: list[Experience] = []
-        self._slice: Experience | None = None
-        self._losses: list[float] = []
 
     def collect(self, tasks: list[Task]) -> Experience:
         """The experience of one batch of tasks, with advantages (if the method has any) but without weights."""
@@ -127,16 +112,6 @@ class Policy(Actor):
         x.off_policy = torch.ones(len(x), dtype=torch.bool)
         return x
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        for callback in self.trainer.callbacks if stage == "fit" else []:  # type: ignore[attr-defined]
-            for kind, why in self.refused.items():
-                if isinstance(callback, kind):
-                    raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [self.stopping, ExactResume()]
-
     def respond(self, *args: Any, **kwargs: Any) -> Any:
         with self.stopping.at_once():
             return super().respond(*args, **kwargs)
@@ -145,49 +120,18 @@ class Policy(Actor):
         with self.stopping.at_once():
             return super().score(tasks, texts)
 
-    def on_fit_start(self) -> None:
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: a policy accumulates by itself. Leave it"
-                " at 1; set the DataModule's batch_size for larger batches, model.microbatch_tokens for less memory."
-            )
-        self._check_precision()
-
-    def _check_precision(self) -> None:
-        """Refuses weights in which AdamW cannot compute, and warns of such as its steps would leave as they are."""
-        half = [p.detach() for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
-        if any(p.dtype == torch.float16 for p in half):
-            raise ValueError(
-                "the weights to train are float16, in which AdamW's eps is zero: leave model.dtype at float32 and set the"
-                " Trainer's precision to 16-mixed or bf16-mixed"
-            )
-        rates = [g.get("initial_lr", g["lr"]) for o in self.trainer.optimizers for g in o.param_groups]
-        lost = sum(int((p.abs() * torch.finfo(p.dtype).eps / 4 > max(rates)).sum()) for p in half)
-        if half and lost > 0.5 * sum(p.numel() for p in half):
-            rank_zero_warn(
-                f"the weights to train are bfloat16, which keeps three digits: a step of lr {max(rates):g} is rounded away in"
-                f" {lost / sum(p.numel() for p in half):.0%} of them. Leave model.dtype at float32 and set the Trainer's"
-                " precision to bf16-mixed"
-            )
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if self.trainer.training:  # a step begins, and none of its hooks has logged yet
-            run.forget_step(self.trainer)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, list) or not all(isinstance(task, Task) for task in batch):
-            raise TypeError(
-                f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
-            )
+    def begin(self, batch: list[Task]) -> None:
+        """A step begins: what was counted in the last one is gone."""
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
         if left_out := getattr(self.trainer.train_dataloader, "left_out", 0):
             self.count("skipped/task_failed", left_out)
         self._places = {id(task): (0, i) for i, task in enumerate(batch)}
+        self.losses = []
+
+    def prepare(self, batch: list[Task]) -> None:
         with sharding.gathered(self.model):
             self.token_terms.check(self.device)
-            self._plan = self.plan(self.collect(batch))
-        self._losses = []
+            self.planned = self.plan(self.collect(batch))
 
     def plan(self, x: Experience) -> list[list[Experience]]:
         """Minibatches of slices. Fills `x.weights`, so that over all ranks they add up to one in each minibatch (or to less:
@@ -211,6 +155,8 @@ class Policy(Actor):
         counts = ranks.gather([len(slices) for slices in minibatches])
         for slices, *each in zip(minibatches, *counts, strict=True):  # a sharded model's passes need all ranks
             slices += [self._idle_slice() for _ in range(max(each) - len(slices))]
+        if self.trainer.is_global_zero:  # it is so on all ranks, and counts once
+            self.count("skipped/no_signal", float(not any(minibatches)))
         return minibatches
 
     def owners(self, x: Experience) -> list[int]:
@@ -252,52 +198,9 @@ class Policy(Actor):
         x.weights = x.advantages = x.logps = torch.zeros_like(x.tokens, dtype=torch.float32)
         return x
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self._slice is None:  # nothing to learn from anywhere
-            return torch.zeros((), device=self.device, requires_grad=True)
-        loss = self.loss(self._slice)
-        self._losses.append(float(loss.detach()))
-        return loss
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """One Trainer step is one experience, however many optimizer steps it affords."""
-        minibatches = [m for _ in range(self.epochs) for m in self._plan if m]
-        if self.trainer.is_global_zero:  # it is so on all ranks, and counts once
-            self.count("skipped/no_signal", float(not minibatches))
-        for slices in minibatches:
-            slices = [replace(part, extra=dict(part.extra)) for part in slices]  # a hook's changes end with the step
-            hooks.call(self.trainer, "on_minibatch", slices)
-            step = partial(self._accumulate, slices, optimizer, optimizer_closure)
-            super().optimizer_step(epoch, batch_idx, optimizer, step)
-        if not minibatches:  # Lightning wants its closure run; the weights stay as they are
-            self._slice = None
-            with self._no_sync():
-                optimizer_closure()
-
-    def _accumulate(self, slices: list[Experience], optimizer: Any, closure: Callable[[], Any]) -> Any:
-        optimizer.zero_grad()
-        self._minibatch = slices
-        for i, part in enumerate(slices):
-            self._slice = part.to(self.device)
-            with nullcontext() if i == len(slices) - 1 else self._no_sync():
-                result = closure()
-        self._slice = None
-        return result
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.guard(self, optimizer, self._minibatch, self._losses[-len(self._minibatch) :])
-        self.log("grad_norm", self.guard.norm)
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Nothing: `_accumulate` does it once a minibatch, and Lightning would do it once a slice."""
-
     def log_step(self) -> None:
-        """Logs the policy's own numbers at the end of a step, before any checkpoint of it is saved."""
-        taken = self.epochs * sum(map(bool, self._plan))
-        self.log("loss", self.sum_over_ranks(sum(self._losses)) / self.trainer.world_size / max(1, taken))
+        taken = self.epochs * sum(map(bool, self.planned))
+        self.log("loss", self.sum_over_ranks(sum(self.losses)) / self.trainer.world_size / max(1, taken))
         everyone = ranks.gather(self.counts)
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")
@@ -309,31 +212,3 @@ class Policy(Actor):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.guard.in_a_row, self.guard.dumps = checkpoint.get("lit_rl", {}).get("guard", (0, 0))
-
-    def sum_over_ranks(self, value: float) -> float:
-        if self.trainer.world_size == 1:
-            return float(value)
-        total = self.trainer.strategy.reduce(
-            torch.tensor(float(value), dtype=torch.float64, device=self.device), reduce_op="sum"
-        )
-        return float(total)
-
-    def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        if self.schedule == "constant" and not self.warmup_steps:
-            return optimizer
-        total = self.trainer.estimated_stepping_batches
-
-        def factor(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / (self.warmup_steps + 1)
-            if self.schedule == "constant":
-                return 1.0
-            done = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
-            return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-        if self.schedule != "constant" and math.isinf(total):
-            raise ValueError(f"schedule {self.schedule!r} needs an end: set the Trainer's max_steps or max_epochs")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

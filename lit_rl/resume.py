@@ -105,6 +105,25 @@ def newest(folders: Iterable[Path]) -> Path | None:
     return None
 
 
+def rank_state(trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What Lightning saves of rank 0 alone, and may be another on each rank."""
+    data = getattr(trainer, "datamodule", None)
+    keys = ("callbacks", "loops", type(data).__qualname__)
+    return {key: checkpoint[key] for key in keys if key in checkpoint}
+
+
+def of_this_rank(trainer: L.Trainer, states: list[dict[str, Any]]) -> dict[str, Any]:
+    """This rank's of all ranks' states, or nothing, with a warning where it matters, when there were other ranks."""
+    if len(states) == trainer.world_size:
+        return states[trainer.global_rank]
+    if trainer.training:
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} ranks, and this run has {trainer.world_size}: weights and optimiser"
+            " are restored, but not what each rank keeps of its own, such as its place in the data"
+        )
+    return {}
+
+
 class ExactResume(L.Callback):
     """What a policy adds to the Trainer's callbacks. It comes after all others but those that save checkpoints."""
 

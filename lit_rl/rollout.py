@@ -129,7 +129,10 @@ class Rollout(Policy):
     # ---------------------------------------------------------------- tasks to experience
 
     def collect(self, tasks: list[Task]) -> Experience:
-        x = self.sample(tasks)
+        return self.finish(self.sample(tasks))
+
+    def finish(self, x: Experience) -> Experience:
+        """From rewards to advantages; `on_advantage` has seen the result."""
         own = x.valid & ~x.off_policy
         self._rewards = (float(x.rewards[own].sum()), int(own.sum()))
         if not len(x) and self.trainer.world_size == 1:
@@ -150,7 +153,7 @@ class Rollout(Policy):
                 divergence = objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
                 x.rewards -= self.kl_coef * torch.where(x.off_policy, 0.0, divergence)  # of the policy's own samples
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
-        hooks.call(self.trainer, "on_advantage", x)
+        hooks.call(self.trainer, "on_advantage", x, module=self)
         if self.mask_truncated:
             x.mask &= ~x.truncated[:, None]
         return x
@@ -219,7 +222,7 @@ class Rollout(Policy):
             kept = torch.cat([c.log_kept for c in flat])
             x.log_kept = torch.zeros(x.tokens.shape).masked_scatter(x.mask, kept) if kept.any() else None
         if flat or self.trainer.world_size > 1:  # on all ranks or none: a hook may gather
-            hooks.call(self.trainer, "on_rollout", x)
+            hooks.call(self.trainer, "on_rollout", x, module=self)
         return x
 
     def informative(self, x: Experience) -> Experience:
@@ -282,7 +285,7 @@ class Rollout(Policy):
 
     def loss(self, x: Experience) -> Tensor:
         terms = self.terms(x)
-        hooks.call(self.trainer, "on_loss", x, terms)
+        hooks.call(self.trainer, "on_loss", x, terms, module=self)
         return terms.total()
 
     def terms(self, x: Experience) -> Terms:

@@ -189,14 +189,15 @@ def begin_again(trainer: L.Trainer) -> None:
         jsonl.rewind(file, 0)
 
 
-def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
-    """Prints the table (when evaluation is what the Trainer was asked for) and, unless logging is off, keeps it. In W&B's
-    summary of a run the best stands beside the latest."""
+def save_evaluation(trainer: L.Trainer, stage: str, table: Table, parts: dict[str, Table]) -> None:
+    """Prints the tables, the module's and those of its parts, (when evaluation is what the Trainer was asked for) and, unless
+    logging is off, keeps them. In W&B's summary of a run the best stands beside the latest."""
     path = folder(trainer)
     if not trainer.is_global_zero or trainer.sanity_checking:
         return
     if trainer.state.fn in ("validate", "test"):
-        print(f"\n{table}\n", flush=True)
+        for name, each in {"": table, **parts}.items():
+            print(f"\n{name}\n{each}\n" if name else f"\n{each}\n", flush=True)
     if logger := wandb_logger(trainer):
         for name in table.scalars().keys() - {"length"}:
             metric = f"{stage}/{name}"
@@ -204,5 +205,7 @@ def save_evaluation(trainer: L.Trainer, stage: str, table: Table) -> None:
             attempt(define, metric, step_metric="trainer/global_step", summary="max,last")
     if trainer.loggers and not getattr(trainer, "fast_dev_run", False):
         record = {"stage": stage, "step": trainer.global_step, "rows": [vars(row) for row in table.rows]}
+        if parts:
+            record["parts"] = {name: [vars(row) for row in each.rows] for name, each in parts.items()}
         if trainer.state.fn != "fit" or not jsonl.ends_with(path / EVALUATIONS, record):
             tolerate(path / EVALUATIONS, lambda: jsonl.append(path / EVALUATIONS, [record]))

@@ -16,11 +16,11 @@ from test_forward import CONFIGS, experience, model_of, naive
 from test_policy import Letters, policy, trainer
 
 from lit_rl import GRPO, RLCallback, Sampling, adapters, jsonl, models
-from lit_rl.actor import export_checkpoint
 from lit_rl.adapters import LoRA
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
 from lit_rl.cli import METHODS
 from lit_rl.experience import build
+from lit_rl.export import export_checkpoint
 from lit_rl.forward import Forward
 
 KINDS = {"lora": LoRA(rank=4), "qlora": LoRA(rank=4, quantize="nf4")}

@@ -25,6 +25,7 @@ LAYERS = [
     "generation",
     "forward",
     "actor",
+    "inner",
     "policy",
     "rollout",
     "methods",

@@ -226,7 +226,7 @@ def test_equal_prompts_get_other_samples():
 
 
 def test_a_checkpoint_holds_no_objects_and_exports_alone():
-    from lit_rl.actor import export_checkpoint
+    from lit_rl.export import export_checkpoint
     from lit_rl.generation.native import NativeGenerator
 
     plain = policy()

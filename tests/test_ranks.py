@@ -13,7 +13,7 @@ import worker
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lit_rl import GRPO, jsonl, sharding
-from lit_rl.actor import export_checkpoint
+from lit_rl.export import export_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 FIRST, LATER, MOVED = 5e-6, 2e-4, 1e-3

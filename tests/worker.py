@@ -95,7 +95,7 @@ class Record(RLCallback):
             with Gathers() as gathers:
                 collect(*args)
             self.gathers.append(gathers.count)
-            self.slices.append([sum(bool(s.weights.any()) for s in minibatch) for minibatch in module._plan])
+            self.slices.append([sum(bool(s.weights.any()) for s in minibatch) for minibatch in module.planned])
 
         module.on_train_batch_start = counted
 

@@ -36,5 +36,5 @@ class SFT(Policy):
         assert x.weights is not None
         logps, entropy = self.token_terms(x)
         terms = Terms(logps, entropy.detach(), -logps, x.weights)
-        hooks.call(self.trainer, "on_loss", x, terms)
+        hooks.call(self.trainer, "on_loss", x, terms, module=self)
         return terms.total()

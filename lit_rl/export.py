@@ -1,0 +1,57 @@
+"""From a checkpoint of training to a folder that anybody can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_rl import adapters, models, sharding
+from lit_rl.adapters import LoRA
+from lit_rl.resume import whole
+
+
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, overwrite: bool = False, base: str | None = None
+) -> None:
+    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else.
+
+    But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
+    """
+    path = Path(checkpoint)
+    file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not whole(path):
+        raise ValueError(f"{path} is damaged: cut short, or not a checkpoint")
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if "lit_rl" not in content:
+        raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
+    about = content["lit_rl"].get("adapters")
+    with torch.random.fork_rng(devices=[]):
+        if about is None:
+            model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
+        else:
+            model, tokenizer = _base_of(path, content["lit_rl"]["model"], about, base)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if path.is_dir():
+        sharding.load_shards(weights, path)
+    else:
+        weights = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")}
+    model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in weights.items()}, strict=about is None
+    )
+    models.export(model, tokenizer, folder, overwrite=overwrite)
+
+
+def _base_of(path: Path, state: dict[str, Any], about: dict[str, Any], base: str | None) -> tuple[Any, Any]:
+    """The frozen model under a checkpoint's adapters, with new adapters of their shape, and the tokenizer."""
+    if about["rng"] is not None and base is None:
+        torch.set_rng_state(about["rng"])  # "tiny" is made as it was then
+    elif not (base := base or about["base"]):
+        raise ValueError(f"{path} holds adapters of a model that has no name: say where it is (base, --base)")
+    model, tokenizer = models.from_checkpoint_state(state, base, about["dtype"])
+    model, mine = adapters.adapt(model, LoRA(**about["lora"]), base or models.TINY)
+    adapters.check(mine, about)
+    return model, tokenizer
