@@ -12,7 +12,9 @@ checkpoints/
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import warnings
 from argparse import Namespace
 from collections import deque
@@ -27,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_rl import jsonl
 from lit_rl.metrics import Table
-from lit_rl.tolerance import attempt, tolerate
+from lit_rl.tolerance import attempt, tolerate, warn_once
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 COMPLETIONS, PREDICTIONS = "completions.jsonl", "predictions.jsonl"
@@ -117,6 +119,21 @@ def connect(logger: WandbLogger) -> None:
         _ = logger.experiment
     except UsageError as error:
         raise ValueError(f"W&B: {error} Or set WANDB_MODE=offline.") from error
+    atexit.register(_limit_end)  # runs before W&B's own, which come from before
+
+
+def _limit_end() -> None:
+    """Out of reach of its service W&B's process may go on trying for a quarter of an hour, and the end of ours waits for it."""
+    import wandb
+
+    process = wandb.setup()._connection._proc._process  # it has no public way to give up
+
+    def late(*_: Any) -> None:
+        process.kill()
+        warn_once("W&B has not taken all of this run in time: its own files have everything, `wandb sync` uploads the rest")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 5 + float(os.environ["WANDB_FINISH_TIMEOUT"]))
 
 
 def shield(logger: Logger) -> None:

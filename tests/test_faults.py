@@ -598,9 +598,6 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="the records of a run that was stopped by signals may differ from a straight run's", strict=False
-)
 def test_signals_lose_nothing():
     main([*TINY, *SHORT, "--run", "straight"])
     resumed = [*TINY, *SHORT, "--run", "r", "--ckpt_path", "last"]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -244,8 +245,9 @@ def test_the_file_of_csv_logger(run: Path) -> None:
 def test_a_folder_without_a_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no run"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=re.escape(str(run))):
-        write_report(run.parent)
+    inner = shutil.copytree(run, tmp_path / "outer" / "r")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(inner))):
+        write_report(inner.parent)
     assert write_report(run, run / "deep" / "page.html") == run / "deep" / "page.html"
 
 

@@ -279,7 +279,7 @@ def test_schedulers_of_the_command_line_count_steps():
     from lit_rl.cli import resolve, run_cli
 
     words = (
-        "fit --config grpo --config tiny --trainer.max_steps 4 --trainer.enable_progress_bar false --optimizer SGD"
+        "fit --config grpo --config tiny --trainer.max_steps 4 --trainer.enable_progress_bar false --optimizer torch.optim.SGD"
         " --optimizer.lr 0.01 --lr_scheduler ExponentialLR --lr_scheduler.gamma 0.5 --trainer.val_check_interval 100"
         " --trainer.callbacks [LearningRateMonitor] --run r"
     )
