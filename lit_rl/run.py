@@ -130,7 +130,9 @@ def _limit_end() -> None:
 
     def late(*_: Any) -> None:
         process.kill()
-        warn_once("W&B has not taken all of this run in time: its own files have everything, `wandb sync` uploads the rest")
+        warn_once(
+            "W&B has not taken all of this run in time: its own files have everything, `wandb sync` uploads the rest"
+        )
 
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, 5 + float(os.environ["WANDB_FINISH_TIMEOUT"]))
