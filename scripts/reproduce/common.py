@@ -21,13 +21,23 @@ import lightning.pytorch as L
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lit_rl import SFT, Policy, jsonl
+from lit_rl import SFT, Policy, Sampling, jsonl
 from lit_rl.charts import HEIGHT, WIDTH, Points, axes, dots, polylines, smooth, thin
 from lit_rl.datamodules import Bootcamp
 from lit_rl.run import METRICS, RunLogger
 
 FAMILIES = {"spell-backwards": 2.0, "largest-number-from-parts": 1.0}
 """With weights for training; they have short prompts and responses. Held-out tasks are as many of each."""
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-4,
+    "warmup_steps": 5,
+    "minibatches": 4,
+    "sampling": Sampling(max_new_tokens=20),
+    "microbatch_tokens": 4096,
+    "eval_samples": 8,
+    "eval_temperature": 1.0,
+}
+"""Of every policy, if a reproduction says nothing else; 8 responses a task, at temperature 1."""
 COLORS = "#0072b2", "#d55e00", "#009e73", "#b8578f", "#a87900", "#6b6b6b"
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b6570}.title{font-size:13px;font-weight:600;fill:#1c2126}"
@@ -97,39 +107,37 @@ def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, **
 
 def run(
     args: argparse.Namespace,
-    reproduction: str,
+    name: str,
     arm: str,
     seed: int,
     make: Callable[[], Policy],
     data: Bootcamp,
     callbacks: Iterable[L.Callback] = (),
     steps: int | None = None,
-    validate: int = 25,
     tests: dict[str, Bootcamp] = {},  # noqa: B006  (never changed)
 ) -> Record:
-    """Trains one arm and tests it, on `data` and on `tests`. No steps: tests what it begins with."""
-    folder = args.work / reproduction / arm.replace(" ", "-") / str(seed)
+    """Trains one arm of the reproduction `name` and tests it on `data`, and on `tests`, whose numbers get their key as a
+    prefix. With no steps it tests what the arm begins with."""
+    folder = args.work / name / arm.replace(" ", "-") / str(seed)
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.process_time()
     L.seed_everything(seed, verbose=False)
     policy, steps = make(), args.steps if steps is None else steps
-    fitting = trainer(steps, folder, callbacks, min(validate, max(1, steps)))
     if steps:
-        fitting.fit(policy, data)
+        trainer(steps, folder, callbacks, validate=min(25, steps)).fit(policy, data)
     numbers: dict[str, Any] = {}
     for prefix, held_out in {"": data, **tests}.items():
         with contextlib.redirect_stdout(io.StringIO()):
             trainer(0, folder / "test").test(policy, held_out, verbose=False)
-        table = policy.table
-        numbers |= {f"{prefix}{k}": round(v, 4) for k, v in table.scalars().items()}
-    curves: dict[str, list[list[float]]] = {}
+        numbers |= {f"{prefix}{k}": round(v, 4) for k, v in policy.table.scalars().items()}
+    found: dict[str, list[list[float]]] = {}
     for row in jsonl.read(folder / METRICS):
-        for name, value in row.items():
-            if name not in ("step", "epoch") and math.isfinite(value):
-                curves.setdefault(name, []).append([row["step"], float(f"{value:.4g}")])
+        for metric, value in row.items():
+            if metric not in ("step", "epoch") and math.isfinite(value):
+                found.setdefault(metric, []).append([row["step"], float(f"{value:.4g}")])
     seconds = round(time.process_time() - begin, 1)
     print(f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {seconds:.0f} s", flush=True)
-    return {"arm": arm, "seed": seed, "test": numbers, "curves": curves, "cpu_seconds": seconds}
+    return {"arm": arm, "seed": seed, "test": numbers, "curves": found, "cpu_seconds": seconds}
 
 
 def save(args: argparse.Namespace, name: str, records: list[Record], keep: Iterable[str]) -> None:

@@ -10,9 +10,9 @@ import math
 from statistics import fmean
 from typing import Any
 
-from common import Record, bootcamp, curves, last, of, options, plot, run, save, spread, table, warm_start
+from common import SETTINGS, Record, bootcamp, curves, last, of, options, plot, run, save, spread, table, warm_start
 
-from lit_rl import DAPO, Sampling
+from lit_rl import DAPO
 from lit_rl.callbacks import ClipCov, EntropyMonitor, KLCov
 from lit_rl.charts import pair
 from lit_rl.entropy_law import FEWEST, fit
@@ -81,19 +81,7 @@ def main() -> None:
         start = warm_start(args, seed)
 
         def policy(start: str = start, **clip: float) -> DAPO:
-            return DAPO(
-                start,
-                overlong_buffer=0.0,
-                dynamic_sampling=False,
-                minibatches=4,
-                lr=1e-4,
-                warmup_steps=5,
-                sampling=Sampling(max_new_tokens=20),
-                microbatch_tokens=4096,
-                eval_samples=8,
-                eval_temperature=1.0,
-                **clip,
-            )
+            return DAPO(start, overlong_buffer=0.0, dynamic_sampling=False, **SETTINGS, **clip)
 
         records.append(run(args, NAME, "warm start", seed, policy, bootcamp(args, seed), steps=0))
         for arm, clip in ARMS.items():
@@ -102,14 +90,12 @@ def main() -> None:
             records.append(run(args, NAME, arm, seed, make, bootcamp(args, seed), [Entropy(), *trick]))
     save(args, NAME, records, ("entropy", "reward", "val/pass@1"))
     print(tables(records))
-    plot(
-        args.out / f"{NAME}.svg",
-        {
-            "Entropy of all responses, nats a token": curves(records, "entropy"),
-            "Reward in training": curves(records, "reward"),
-            "Validation pass@1": curves(records, "val/pass@1"),
-        },
-    )
+    panels = {
+        "Entropy of all responses, nats a token": curves(records, "entropy"),
+        "Reward in training": curves(records, "reward"),
+        "Validation pass@1": curves(records, "val/pass@1"),
+    }
+    plot(args.out / f"{NAME}.svg", panels)
 
 
 if __name__ == "__main__":
