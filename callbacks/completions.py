@@ -30,6 +30,7 @@ COLUMNS = [
     "mean_logp",
     "tokens",
     "off_policy",
+    "member",
 ]
 
 
@@ -73,7 +74,7 @@ class Completions(RLCallback):
         table = self.table_rows and run.wandb_logger(trainer)
         if not (write or show or table):
             return
-        records = self.records(experience, step)
+        records = self.records(experience, step, getattr(policy, "name", ""))
         if write and self._path is not None:
             written = tolerate(self._path, partial(jsonl.append, self._path, records))
             if not written and isinstance(policy, Actor):
@@ -107,7 +108,7 @@ class Completions(RLCallback):
         self._send(trainer)
 
     @staticmethod
-    def records(x: Experience, step: int) -> list[dict[str, Any]]:
+    def records(x: Experience, step: int, member: str = "") -> list[dict[str, Any]]:
         """One record a row, plain values."""
         assert x.advantages is not None
         tokens = x.mask.sum(1).clamp(min=1)
@@ -132,6 +133,7 @@ class Completions(RLCallback):
                 None if given else mean_logps[i],
                 int(x.response_lengths[i]),
                 given,
+                member,
             ]
             result.append(dict(zip(COLUMNS, values, strict=True)))
         return result
@@ -154,6 +156,7 @@ class Completions(RLCallback):
             self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
         for record in self._waiting:
             self._table.add_data(*record.values())
-        self._sent = self._waiting[-1]["step"]
+        self._sent, member = self._waiting[-1]["step"], self._waiting[-1]["member"]
         self._waiting = []
-        run.wandb_logger(trainer).log_metrics({"completions": self._table}, step=self._sent)
+        name = f"{member}/completions" if member else "completions"
+        run.wandb_logger(trainer).log_metrics({name: self._table}, step=self._sent)

@@ -102,7 +102,7 @@ class Covariance(RLCallback):
             self._entropy = nats / max(1, n)
         self._updates, self._tokens, self._selected = self._updates + 1, self._tokens + n, self._selected + selected
         self._covariance += total
-        self._predicted -= trainer.optimizers[0].param_groups[0]["lr"] * total / max(1, n)
+        self._predicted -= policy.rate * total / max(1, n)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -28,7 +28,7 @@ class RolloutStats(RLCallback):
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
     - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
-    - seconds/generate, /score, /train, and tokens_per_second (response tokens over all of it).
+    - seconds/generate, /score, /train (all of the step but these two), and tokens_per_second (response tokens over all of it).
     """
 
     def __init__(self) -> None:

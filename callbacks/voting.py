@@ -57,6 +57,10 @@ class MajorityVote(RLCallback):
             return
         if not isinstance(pl_module, Rollout):
             raise TypeError(f"MajorityVote needs a policy that samples responses, not {type(pl_module).__name__}")
+        if pl_module.name:
+            raise ValueError(
+                "MajorityVote is of one policy, and this one learns from the votes of several: leave it out"
+            )
         if getattr(getattr(trainer, "datamodule", None), "adaptive", False):
             raise ValueError(
                 "adaptive is True: it must be False, since it raises levels by labels, which a vote replaces"

@@ -36,6 +36,7 @@ _PUBLIC = {
     "CISPO": "methods.cispo",
     "NFT": "methods.nft",
     "RFT": "methods.nft",
+    "RLCCF": "methods.rlccf",
 }
 __all__ = ["__version__", *_PUBLIC]
 

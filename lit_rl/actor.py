@@ -94,6 +94,8 @@ class Actor(Evaluated):
             generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode, max_rows)
         self.generator: Any = generator
         self.spare = Spare()
+        self.name, self.stream = "", 0
+        """Where several learn together: what each is called, and which numbers are drawn for it."""
         self.counts: dict[str, float] = {}
         """Events of one training step, such as prompts that are too long."""
         self.seconds: dict[str, float] = {}
@@ -126,7 +128,8 @@ class Actor(Evaluated):
 
     @property
     def seed_value(self) -> int:
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return seed + (self.stream << 32)  # other seeds are smaller
 
     def seeds(self, tasks: list[Task], samples: int, purpose: str) -> list[list[int]]:
         """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a step, on whatever rank, are told

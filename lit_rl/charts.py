@@ -18,11 +18,11 @@ Points = list[tuple[float, float]]
 Scale = Callable[[float], float]
 MAIN = {  # title: (names as a regular expression, y axis, how to get them)
     "Reward": (r"reward", "mean of a step", "Methods of reinforcement learning log it; SFT has none."),
-    "Validation": (r"val/(pass|maj)@\d+", "share of tasks", "Set the Trainer's val_check_interval."),
-    "Entropy": (r"entropy", "nats a token", "Add the EntropyMonitor callback."),
-    "Response length": (r"length/mean", "tokens, mean of a step", "Add the RolloutStats callback."),
+    "Validation": (r"val/([^/]+/)?(pass|maj)@\d+", "share of tasks", "Set the Trainer's val_check_interval."),
+    "Entropy": (r"([^/]+/)?entropy", "nats a token", "Add the EntropyMonitor callback."),
+    "Response length": (r"([^/]+/)?length/mean", "tokens, mean of a step", "Add the RolloutStats callback."),
     "Loss": (r"loss|train_loss|train/loss", "mean of a step", "Every method of lit-rl logs “loss”."),
-    "Gradient norm": (r"grad_norm", "before clipping", "Every method of lit-rl logs it."),
+    "Gradient norm": (r"([^/]+/)?grad_norm", "before clipping", "Every method of lit-rl logs it."),
 }
 FURTHER = {  # title: {names as a regular expression: y axis}
     "Reward by family": {r"reward/.+": "mean of a step", r"reward_std": "of all responses"},

@@ -15,7 +15,8 @@ from lit_rl.resume import whole
 def export_checkpoint(
     checkpoint: str | Path, folder: str | Path, overwrite: bool = False, base: str | None = None
 ) -> None:
-    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else.
+    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else; of several policies a
+    folder NAME inside `folder` each.
 
     But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
     """
@@ -28,21 +29,28 @@ def export_checkpoint(
     content = torch.load(file, map_location="cpu", weights_only=True)
     if "lit_rl" not in content:
         raise ValueError(f"{path} is not the checkpoint of a lit-rl policy: it has no entry 'lit_rl'")
-    about = content["lit_rl"].get("adapters")
-    with torch.random.fork_rng(devices=[]):
-        if about is None:
-            model, tokenizer = models.from_checkpoint_state(content["lit_rl"]["model"])
-        else:
-            model, tokenizer = _base_of(path, content["lit_rl"]["model"], about, base)
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    members = content["lit_rl"].get("members")
+    for i, (name, saved) in enumerate({"": content["lit_rl"]}.items() if members is None else members.items()):
+        prefix = "model." if members is None else f"members.{i}.model."
+        with torch.random.fork_rng(devices=[]):
+            model, tokenizer = _load(path, content.get("state_dict", {}), prefix, saved, base)
+        models.export(model, tokenizer, Path(folder, name), overwrite=overwrite)
+
+
+def _load(path: Path, state: dict[str, Any], prefix: str, saved: dict[str, Any], base: str | None) -> tuple[Any, Any]:
+    """The model whose weights have names with this prefix, and its tokenizer."""
+    about = saved.get("adapters")
+    if about is None:
+        model, tokenizer = models.from_checkpoint_state(saved["model"])
+    else:
+        model, tokenizer = _base_of(path, saved["model"], about, base)
+    weights = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     if path.is_dir():
         sharding.load_shards(weights, path)
     else:
-        weights = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")}
-    model.load_state_dict(
-        {name.removeprefix("model."): tensor for name, tensor in weights.items()}, strict=about is None
-    )
-    models.export(model, tokenizer, folder, overwrite=overwrite)
+        weights = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()}, strict=about is None)
+    return model, tokenizer
 
 
 def _base_of(path: Path, state: dict[str, Any], about: dict[str, Any], base: str | None) -> tuple[Any, Any]:

@@ -61,8 +61,8 @@ class InnerLoop(L.LightningModule):
         """Samples what the policies learn from in this step, and lays it out as their `minibatches`."""
         raise NotImplementedError
 
-    def log_step(self) -> None:
-        """Logs the step's own numbers at its end, before any checkpoint of it is saved."""
+    def log_step(self) -> dict[str, float]:
+        """Logs the step's own numbers at its end, before any checkpoint of it is saved. Returns the main ones."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -175,10 +175,12 @@ class InnerLoop(L.LightningModule):
         return float(total)
 
     def configure_optimizers(self) -> Any:
-        groups = [
-            {"params": [p for p in policy.parameters() if p.requires_grad], "lr": policy.lr} for policy in self.policies
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.policies[0].weight_decay)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in x.parameters() if p.requires_grad], "lr": x.lr, "weight_decay": x.weight_decay}
+                for x in self.policies
+            ]
+        )
         if self.schedule == "constant" and not self.warmup_steps:
             return optimizer
         total = self.trainer.estimated_stepping_batches

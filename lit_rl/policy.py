@@ -198,12 +198,21 @@ class Policy(InnerLoop, Actor):
         x.weights = x.advantages = x.logps = torch.zeros_like(x.tokens, dtype=torch.float32)
         return x
 
-    def log_step(self) -> None:
+    @property
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        own = {id(p) for p in self.parameters()}
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return next(float(group["lr"]) for group in groups if any(id(p) in own for p in group["params"]))
+
+    def log_step(self) -> dict[str, float]:
         taken = self.epochs * sum(map(bool, self.planned))
-        self.log("loss", self.sum_over_ranks(sum(self.losses)) / self.trainer.world_size / max(1, taken))
+        loss = self.sum_over_ranks(sum(self.losses)) / self.trainer.world_size / max(1, taken)
+        self.log("loss", loss)
         everyone = ranks.gather(self.counts)
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")
+        return {"loss": loss}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

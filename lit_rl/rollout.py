@@ -158,11 +158,13 @@ class Rollout(Policy):
             x.mask &= ~x.truncated[:, None]
         return x
 
-    def log_step(self) -> None:
-        super().log_step()
+    def log_step(self) -> dict[str, float]:
+        main = super().log_step()
         total, count = (self.sum_over_ranks(value) for value in self._rewards)
         if count:
-            self.log("reward", total / count, prog_bar=True)
+            main["reward"] = total / count
+            self.log("reward", main["reward"], prog_bar=True)
+        return main
 
     def sample(self, tasks: list[Task]) -> Experience:
         """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
@@ -202,6 +204,10 @@ class Rollout(Policy):
 
     def round(self, tasks: list[Task]) -> Experience:
         """Generates and scores; `on_rollout` has seen the result."""
+        return self.rewarded(self.draw(tasks))
+
+    def draw(self, tasks: list[Task]) -> Experience:
+        """`group` responses to each task, with the verifier's verdicts and their scores as rewards."""
         tasks, prompts, completions = self.respond(tasks, self.group, "train")
         flat = [c for group in completions for c in group]
         index = [g for g, group in enumerate(completions) for _ in group]
@@ -221,7 +227,11 @@ class Rollout(Policy):
             x.sampler_logps = torch.zeros(x.tokens.shape).masked_scatter(x.mask, torch.cat([c.logps for c in flat]))
             kept = torch.cat([c.log_kept for c in flat])
             x.log_kept = torch.zeros(x.tokens.shape).masked_scatter(x.mask, kept) if kept.any() else None
-        if flat or self.trainer.world_size > 1:  # on all ranks or none: a hook may gather
+        return x
+
+    def rewarded(self, x: Experience) -> Experience:
+        """Lets `on_rollout` see, and change, the rewards."""
+        if len(x) or self.trainer.world_size > 1:  # on all ranks or none: a hook may gather
             hooks.call(self.trainer, "on_rollout", x, module=self)
         return x
 

@@ -34,3 +34,18 @@ def vote(answers: Sequence[str | None], group: Sequence[int], weights: Sequence[
     labels = {g: max(ballot, key=ballot.__getitem__, default=None) for g, ballot in votes.items()}
     wins = [answer is not None and answer == labels[g] for answer, g in zip(answers, group, strict=True)]
     return Vote(labels, votes, wins)
+
+
+def collective_vote(answers: Sequence[Sequence[str | None]], self_consistency: bool = True) -> Vote:
+    """The label (of the one group, 0) of a prompt for which each member has given these answers, None where it has given
+    none; `wins` is of all of them, in the members' order.
+
+    With `self_consistency` each vote of a member weighs the share of its own responses that give its most frequent answer:
+    SC_n(q) = max_a (1/K) sum_k 1[o_nk = a], and the label is argmax_a sum_n sum_k SC_n(q) 1[o_nk = a]. Responses without an
+    answer count in K. Of answers with equally many votes the first in the members' order wins.
+    """
+    member = [n for n, given in enumerate(answers) for _ in given]
+    together = [answer for given in answers for answer in given]
+    own = vote(together, member).votes
+    consistency = [max(own.get(n, {}).values(), default=0.0) / max(1, len(given)) for n, given in enumerate(answers)]
+    return vote(together, [0] * len(together), [consistency[n] if self_consistency else 1.0 for n in member])

@@ -18,7 +18,7 @@ from lit_rl.entropy_law import fit
 from lit_rl.experience import Experience, Terms, build
 from lit_rl.objectives import log_ratio, nft, ppo, token_weights
 from lit_rl.task import Task, Verdict
-from lit_rl.voting import vote
+from lit_rl.voting import collective_vote, vote
 
 # ------------------------------------------------------------------------------------------------ Clip-Cov and KL-Cov
 
@@ -341,9 +341,9 @@ def self_consistent(case: dict, name: str) -> None:
     expected, answers = case["expected"][name], list(case["answers"].values())
     model = [m for m, given in enumerate(answers) for _ in given]
     flat, together = [a for given in answers for a in given], [0] * len(model)
-    first = vote(flat, model)
+    first, ballot = vote(flat, model), collective_vote(answers)
     consistency = [max(first.votes[m].values(), default=0.0) / len(given) for m, given in enumerate(answers)]
-    ballot = vote(flat, together, [consistency[m] for m in model])
+    assert collective_vote(answers, self_consistency=False) == vote(flat, together)
     wins = {
         key: [float(w) for w, n in zip(ballot.wins, model, strict=True) if n == m]
         for m, key in enumerate(case["answers"])

@@ -28,6 +28,7 @@ LAYERS = [
     "inner",
     "policy",
     "rollout",
+    "group",
     "methods",
     "cli",
 ]

@@ -31,7 +31,7 @@ class Groups(TaskData):
 
 
 class Recorder(Gradients):
-    """And into how many slices each minibatch was cut."""
+    """And into how many slices a policy's minibatch was cut at most."""
 
     def __init__(self):
         super().__init__()
@@ -39,14 +39,14 @@ class Recorder(Gradients):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         super().on_before_optimizer_step(trainer, module, optimizer)
-        self.slices.append(len(module._minibatch))
+        self.slices.append(max(len(slices) for _, slices in module._by_policy(module._minibatch)))
 
 
 def gradients(method, precision, data=None, callbacks=(), **settings):
     """In one Trainer step with plain gradient descent: Adam's first steps would blow rounding up."""
     module = policy(method, **settings)
     module.dynamic_sampling = False
-    module.configure_optimizers = lambda: torch.optim.SGD(module.model.parameters(), lr=0.01)
+    module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
     recorder = Recorder()
     folder = tempfile.mkdtemp(dir=".")
     run = trainer(max_steps=1, precision=precision, default_root_dir=folder, callbacks=[*callbacks, recorder])

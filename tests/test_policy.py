@@ -42,7 +42,7 @@ def policy(method=Rollout, **kwargs):
 
 
 def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
 
 
 class Gradients(L.Callback):
@@ -50,7 +50,7 @@ class Gradients(L.Callback):
         self.seen = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.seen.append(torch.cat([p.grad.flatten() for p in module.model.parameters()]))
+        self.seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]))
 
 
 def test_accumulate_grad_batches_is_refused():

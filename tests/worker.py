@@ -87,15 +87,17 @@ class Record(RLCallback):
 
     def on_train_start(self, trainer, module):
         with torch.inference_mode():  # as evaluation is on a GPU
-            sharding.gather(module.model)
-            sharding.release(module.model)
+            for child in module.children():
+                sharding.gather(child)
+                sharding.release(child)
         collect = module.on_train_batch_start
 
         def counted(*args):
             with Gathers() as gathers:
                 collect(*args)
             self.gathers.append(gathers.count)
-            self.slices.append([sum(bool(s.weights.any()) for s in minibatch) for minibatch in module.planned])
+            planned = [minibatch for policy in module.policies for minibatch in policy.planned]
+            self.slices.append([sum(bool(s.weights.any()) for s in minibatch) for minibatch in planned])
 
         module.on_train_batch_start = counted
 
@@ -103,7 +105,7 @@ class Record(RLCallback):
         self.tasks += [task.id for task in x.tasks]
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        gradient = flat(p.grad for p in module.model.parameters() if p.requires_grad)
+        gradient = flat(p.grad for p in module.parameters() if p.requires_grad)
         if gradient.isfinite().all():
             self.gradients.append(gradient)
 
@@ -180,6 +182,7 @@ def trainer(ranks, strategy, sharded=False, **kwargs):
 
 def policy(method="GRPO", **kwargs):
     torch.manual_seed(0)
+    kwargs = {"members": 2, "group": 4, **kwargs} if method == "RLCCF" else kwargs
     return METHODS[method]("tiny", **{"lr": 1e-3, "sampling": Sampling(max_new_tokens=6), **kwargs})
 
 
@@ -187,16 +190,16 @@ def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fi
     """What training does, whatever ranks it is divided between; and under "own" what belongs to this rank."""
     record, module = Record(), policy(method, **dict(settings))
     run = trainer(ranks, strategy, callbacks=[record, *(make() for make in callbacks)], **kwargs)
-    before = flat(module.model.parameters())
+    before = flat(module.parameters())
     run.fit(module, data(ranks) if callable(data) else Letters(ranks, **dict(data)), **dict(fit))
     if export:
         module.export(export)
     own = {"tasks": record.tasks, "slices": record.slices, "gathers": record.gathers}
-    own["tokens"] = getattr(module.generator, "tokens", 0)
+    own["tokens"] = getattr(module.policies[0].generator, "tokens", 0)
     return {
         "gradients": record.gradients,
-        "weights": flat(module.model.parameters()),
-        "moved": flat(module.model.parameters()) - before,
+        "weights": flat(module.parameters()),
+        "moved": flat(module.parameters()) - before,
         "models": sum(map(sharding.is_sharded, module.children())),
         "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
         "own": own,
@@ -211,6 +214,7 @@ EQUAL = {name: case(method=name, max_steps=1) for name in METHODS}
 """One process and two ranks must learn the same."""
 # Task i is rank i % 2's.
 EQUAL |= {
+    "RLCCF": case(method="RLCCF", data=Answers, settings={"minibatches": 2, "microbatch_tokens": 100}),
     "clipping": case(gradient_clip_val=0.01),
     "rank 1 has no rows": case(data={"long": (1, 3)}, settings={"kl_in_reward": True, "advantage": "reinforce_pp"}),
     "rank 1 has no signal": case(data={"dull": (1, 3)}, settings={"kl_coef": 0.0}),

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -229,14 +230,15 @@ class Rows:
         if not isinstance(self.cache, SharedCache):
             yield
             return
-        before = self.model.config._attn_implementation
-        AttentionInterface.register("lit_rl", self.cache.attend)
-        self.model.set_attn_implementation("lit_rl")
+        before, name = self.model.config._attn_implementation, f"lit_rl_{get_ident()}"  # models may sample in threads
+        AttentionInterface.register(name, self.cache.attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+        self.model.set_attn_implementation(name)
         try:
             yield
         finally:
             self.model.set_attn_implementation(before)
-            AttentionInterface.register("lit_rl", sdpa_attention_forward)  # or the cache would stay in memory
+            AttentionInterface.register(name, sdpa_attention_forward)  # or the cache would stay in memory
 
     def _prefill(self, batch: list[Prompt], pad: int, growing: bool) -> Any:
         """The model's output for these prompts, shortest first, filled up at the left."""
@@ -366,10 +368,6 @@ class SharedCache(Cache):
         """(P, K, S * g, d) to (R, K, g, d)."""
         x = x.unflatten(2, (self.shape[2], -1)).flatten(0, 2)
         return x.index_select(0, self.by_row).unflatten(0, (-1, self.shape[1]))
-
-
-AttentionInterface.register("lit_rl", sdpa_attention_forward)  # `SharedCache.attend` takes its place while sampling
-AttentionMaskInterface.register("lit_rl", sdpa_mask)
 
 
 def _growing(model: Any) -> bool:

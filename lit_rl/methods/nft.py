@@ -12,7 +12,6 @@ from lit_rl.checks import require
 from lit_rl.experience import Experience
 from lit_rl.policy import Aggregate
 from lit_rl.rollout import Rollout
-from lit_rl.task import Task
 
 
 class NFT(Rollout):
@@ -60,8 +59,8 @@ class NFT(Rollout):
         )
         self.epsilon, self.neg_weight = epsilon, neg_weight
 
-    def round(self, tasks: list[Task]) -> Experience:
-        x = super().round(tasks)
+    def rewarded(self, x: Experience) -> Experience:
+        x = super().rewarded(x)
         x.rewards = x.rewards.clamp(0.0, 1.0)
         x.extra["rate"] = group_mean(x.rewards, x.group, x.valid.to(x.rewards))
         return x
