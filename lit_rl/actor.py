@@ -25,6 +25,9 @@ from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
 from lit_rl.tolerance import Spare
 
+Responses = tuple[list[Task], list[list[int]], list[list[Completion]]]
+"""Tasks whose prompts fit, those prompts' tokens, and completions of each."""
+
 
 class Actor(Evaluated):
     """A causal language model with its tokenizer, the engine that samples from it, and the scorer of what it says.
@@ -150,8 +153,8 @@ class Actor(Evaluated):
 
     def respond(
         self, tasks: list[Task], samples: int, purpose: str = "predict", sampling: Sampling | None = None
-    ) -> tuple[list[Task], list[list[int]], list[list[Completion]]]:
-        """Samples responses. Returns the tasks whose prompts fit, their prompts' tokens and `samples` completions each."""
+    ) -> Responses:
+        """Samples `samples` responses to each task."""
         sampling = sampling or self.sampling
         tasks, prompts = self.encode(tasks, sampling.max_new_tokens)
         with self.clock("generate"), self.precision():
@@ -219,23 +222,28 @@ class Actor(Evaluated):
             else replace(self.sampling, temperature=self.eval_temperature)
         )
 
-    def judged(self, tasks: list[Task]) -> list[tuple[Task, list[Verdict], list[int]]]:
-        """The tasks whose prompts fit, each with the verdicts on `eval_samples` responses and their lengths in tokens."""
-        kept, _, completions = self.respond(tasks, self.eval_samples, "eval", self.eval_sampling)
-        pairs = [(task, c.text) for task, group in zip(kept, completions, strict=True) for c in group]
+    def answer(self, tasks: list[Task]) -> Responses:
+        """As `respond`: `eval_samples` responses to each task."""
+        return self.respond(tasks, self.eval_samples, "eval", self.eval_sampling)
+
+    def judge(
+        self, tasks: list[Task], prompts: list[list[int]], completions: list[list[Completion]]
+    ) -> list[tuple[Task, list[Verdict], list[int]]]:
+        """Of what `answer` returns, each task with the verdicts on its responses and their lengths; the evaluation has them."""
+        pairs = [(task, c.text) for task, group in zip(tasks, completions, strict=True) for c in group]
         verdicts = iter(self.score([task for task, _ in pairs], [text for _, text in pairs]))
-        return [
-            (task, [next(verdicts) for _ in group], [len(c.tokens) for c in group])
-            for task, group in zip(kept, completions, strict=True)
-        ]
+        lengths = [[len(c.tokens) for c in group] for group in completions]
+        judged = [(task, [next(verdicts) for _ in each], each) for task, each in zip(tasks, lengths, strict=True)]
+        for task, given, each in judged:
+            self.evaluation.update(task.family or "all", given, each)
+        return judged
 
     def evaluate(self, tasks: list[Task]) -> None:
-        for task, verdicts, lengths in self.judged(tasks):
-            self.evaluation.update(task.family or "all", verdicts, lengths)
+        self.judge(*self.answer(tasks))
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response: task, prompt, response and verdict."""
-        kept, _, completions = self.respond(batch, self.eval_samples, "eval", self.eval_sampling)
+        kept, _, completions = self.answer(batch)
         pairs = [(task, c.text) for task, group in zip(kept, completions, strict=True) for c in group]
         records: list[dict[str, Any]] = [
             {"task": task.id, "family": task.family, "prompt": task.text(), "response": text} for task, text in pairs

@@ -80,7 +80,7 @@ class Group(InnerLoop, Evaluated):
         return main
 
     def each(self, do: Callable[[Any], T]) -> list[T]:
-        """do(member) of every member, at the same time when they are on devices of their own."""
+        """do(member) of every member, at the same time when they are on devices of their own. For sampling: scoring forks."""
         if self.devices is None:
             return [do(member) for member in self.members]
         with ThreadPoolExecutor(len(self.members)) as threads:
@@ -107,13 +107,10 @@ class Group(InnerLoop, Evaluated):
     def evaluations(self) -> dict[str, Evaluation]:
         return super().evaluations | {member.name: member.evaluation for member in self.members}
 
-    def judged(self, tasks: list[Task]) -> list[list[tuple[Task, list[Verdict], list[int]]]]:
-        """Each member's answers, as `Actor.judged` has them, noted in its table."""
-        every = self.each(lambda member: member.judged(tasks))
-        for member, items in zip(self.members, every, strict=True):
-            for task, verdicts, lengths in items:
-                member.evaluation.update(task.family or "all", verdicts, lengths)
-        return every
+    def judge(self, tasks: list[Task]) -> list[list[tuple[Task, list[Verdict], list[int]]]]:
+        """Of each member what its `Actor.judge` returns."""
+        every = self.each(lambda member: member.answer(tasks))
+        return [member.judge(*responses) for member, responses in zip(self.members, every, strict=True)]
 
     def predict_step(self, batch: list[Task], batch_idx: int) -> list[dict[str, Any]]:
         """One record a response, as each member's, with its name."""

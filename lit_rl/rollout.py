@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rl import adapters, hooks, objectives, sharding
+from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
 from lit_rl.experience import Experience, Terms, build, concat
 from lit_rl.forward import Forward
+from lit_rl.generation.base import Completion
 from lit_rl.policy import Aggregate, Policy
 from lit_rl.task import Task
 
@@ -204,11 +206,13 @@ class Rollout(Policy):
 
     def round(self, tasks: list[Task]) -> Experience:
         """Generates and scores; `on_rollout` has seen the result."""
-        return self.rewarded(self.draw(tasks))
+        return self.rewarded(self.scored(*self.draw(tasks)))
 
-    def draw(self, tasks: list[Task]) -> Experience:
-        """`group` responses to each task, with the verifier's verdicts and their scores as rewards."""
-        tasks, prompts, completions = self.respond(tasks, self.group, "train")
+    def draw(self, tasks: list[Task]) -> Responses:
+        return self.respond(tasks, self.group, "train")
+
+    def scored(self, tasks: list[Task], prompts: list[list[int]], completions: list[list[Completion]]) -> Experience:
+        """What `draw` returns, as rows with the verifier's verdicts, and with their scores for rewards."""
         flat = [c for group in completions for c in group]
         index = [g for g, group in enumerate(completions) for _ in group]
         x = build(

@@ -14,6 +14,7 @@ from test_callbacks import Log, Stranger
 from test_cli import fit, run
 from test_forward import CONFIGS, experience, model_of, naive
 from test_policy import Letters, policy, trainer
+from test_resume import judge
 
 from lit_rl import GRPO, RLCallback, Sampling, adapters, jsonl, models
 from lit_rl.adapters import LoRA
@@ -61,17 +62,19 @@ def logits(model, ids=None):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_the_adapters_alone(method):
     module = METHODS[method]("tiny", lora=KINDS["lora"], lr=1e-3, sampling=Sampling(max_new_tokens=6))
-    adapter, frozen = parts(module.model)
+    before = [parts(one.model) for one in module.policies]
     loop = trainer(max_steps=2, callbacks=[EntropyMonitor(), RolloutStats(), Completions()])
-    loop.fit(module, Letters())
-    moved, still = parts(module.model)
-    assert torch.equal(frozen, still)
-    assert not torch.equal(adapter, moved)
+    loop.fit(module, Letters(score=judge))
     held = {id(p) for group in loop.optimizers[0].param_groups for p in group["params"]}
-    assert held == {id(p) for n, p in module.model.named_parameters() if ".lora_" in n}
-    assert module.token_terms.notes == [], "no slow path"
-    assert loop.callback_metrics["entropy"] > 0
-    assert loop.callback_metrics["entropy"].isfinite()
+    assert held == {id(p) for one in module.policies for n, p in one.model.named_parameters() if ".lora_" in n}
+    for one, (adapter, frozen) in zip(module.policies, before, strict=True):
+        moved, still = parts(one.model)
+        assert torch.equal(frozen, still)
+        assert not torch.equal(adapter, moved)
+        assert one.token_terms.notes == [], "no slow path"
+        entropy = loop.callback_metrics[f"{one.name}/entropy".strip("/")]
+        assert entropy > 0
+        assert entropy.isfinite()
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -232,7 +232,7 @@ def test_evaluation_has_each_members_table_the_groups_and_agreement():
         one.eval_samples = 3
     run, tasks = trainer(limit_val_batches=1.0, logger=RunLogger("r")), Answers().tasks("val")[:8]
     run.validate(module, torch.utils.data.DataLoader(tasks, batch_size=4, collate_fn=list), verbose=False)
-    judged = [one.judged(tasks) for one in module.members]
+    judged = [one.judge(*one.answer(tasks)) for one in module.members]
     metrics = {k: float(v) for k, v in run.callback_metrics.items()}
     families = sorted({task.family for task in tasks})
     right, same = {f: [] for f in families}, {pair: [] for pair in combinations(range(3), 2)}
@@ -301,6 +301,7 @@ def test_callbacks_are_each_members_own_and_a_second_run_keeps_them():
         (dict(model=[]), "members is .*: it must be policies that differ"),
         (dict(lr=[1e-3]), r"lr is \[0.001\]: it must be a number, or one for each of 4 members"),
         (dict(devices=["cpu"]), r"devices is \['cpu'\]: it must be null, or one for each of 4 members"),
+        (dict(generator=object()), "generator is one for several members: it must be null"),
         (dict(dynamic_sampling=True), "dynamic_sampling is True: it must be false"),
         (dict(model=lambda: [member(epochs=2), member()]), "epochs is .*: it must be the same for all members"),
         (dict(model=lambda: [member()] * 2), "it must be policies that differ"),

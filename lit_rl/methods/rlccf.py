@@ -66,6 +66,8 @@ class RLCCF(Group):
         require(members >= 1, "members", members, "at least 1")
         names: list[Any] = list(TINY) if model == "tiny" else [model]
         given = model if isinstance(model, list) else (names * members)[:members]
+        alone = "null: each needs one of its own, which policies given as `model` may have"
+        require(len(given) == 1 or kwargs.get("generator") is None, "generator", "one for several members", alone)
         rates = lr if isinstance(lr, list) else [lr] * len(given)
         require(len(rates) == len(given), "lr", lr, f"a number, or one for each of {len(given)} members")
         made = [GRPO(x, lr=rate, **kwargs) if isinstance(x, str) else x for x, rate in zip(given, rates, strict=True)]
@@ -86,7 +88,8 @@ class RLCCF(Group):
         super().setup(stage)
 
     def prepare(self, batch: list[Task]) -> None:
-        experiences = self.each(lambda member: member.draw(batch))
+        drawn = self.each(lambda member: member.draw(batch))
+        experiences = [member.scored(*responses) for member, responses in zip(self.members, drawn, strict=True)]
         self._vote(experiences)
         for member, x in zip(self.members, experiences, strict=True):
             member.planned = member.plan(member.finish(member.rewarded(x)))
@@ -139,7 +142,7 @@ class RLCCF(Group):
         return super().evaluations | ({"agreement": self.agreement} if len(self.members) > 1 else {})
 
     def evaluate(self, tasks: list[Task]) -> None:
-        for found in aligned([{id(item[0]): item for item in items} for items in self.judged(tasks)]):
+        for found in aligned([{id(item[0]): item for item in items} for items in self.judge(tasks)]):
             items = [item for item in found if item]
             verdicts = [[v for v in item[1] if v.valid] if item else [] for item in found]
             wins = self._elect(verdicts).wins
