@@ -87,9 +87,9 @@ class Record(RLCallback):
 
     def on_train_start(self, trainer, module):
         with torch.inference_mode():  # as evaluation is on a GPU
-            for child in module.children():
-                sharding.gather(child)
-                sharding.release(child)
+            for policy in module.policies:
+                sharding.gather(policy.model)
+                sharding.release(policy.model)
         collect = module.on_train_batch_start
 
         def counted(*args):
@@ -105,7 +105,7 @@ class Record(RLCallback):
         self.tasks += [task.id for task in x.tasks]
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        gradient = flat(p.grad for p in module.parameters() if p.requires_grad)
+        gradient = flat(p.grad for p in trained(module) if p.requires_grad)
         if gradient.isfinite().all():
             self.gradients.append(gradient)
 
@@ -163,6 +163,10 @@ def flat(tensors):
     return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).detach().flatten() for t in tensors])
 
 
+def trained(module):
+    return [p for policy in module.policies for p in policy.model.parameters()]
+
+
 def trainer(ranks, strategy, sharded=False, **kwargs):
     if ranks > 1:
         kwargs["strategy"] = STRATEGIES[strategy](**({"save_distributed_checkpoint": True} if sharded else {}))
@@ -190,7 +194,7 @@ def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fi
     """What training does, whatever ranks it is divided between; and under "own" what belongs to this rank."""
     record, module = Record(), policy(method, **dict(settings))
     run = trainer(ranks, strategy, callbacks=[record, *(make() for make in callbacks)], **kwargs)
-    before = flat(module.parameters())
+    before = flat(trained(module))
     run.fit(module, data(ranks) if callable(data) else Letters(ranks, **dict(data)), **dict(fit))
     if export:
         module.export(export)
@@ -198,8 +202,8 @@ def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fi
     own["tokens"] = getattr(module.policies[0].generator, "tokens", 0)
     return {
         "gradients": record.gradients,
-        "weights": flat(module.parameters()),
-        "moved": flat(module.parameters()) - before,
+        "weights": flat(trained(module)),
+        "moved": flat(trained(module)) - before,
         "models": sum(map(sharding.is_sharded, module.children())),
         "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
         "own": own,
