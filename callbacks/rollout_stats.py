@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_rl import ranks
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
+from lit_rl.objectives import kl
 
 QUANTILES = (0.01, 0.5, 0.99)
 SAMPLE = 2**20
@@ -27,6 +28,7 @@ class RolloutStats(RLCallback):
     - groups/no_signal (no advantage, hence no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
+    - kl: of the policy from the reference, where there is one (k3, mean over tokens);
     - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
     - seconds/generate, /score, /train (all of the step but these two), and tokens_per_second (response tokens over all of it).
     """
@@ -34,13 +36,14 @@ class RolloutStats(RLCallback):
     def __init__(self) -> None:
         self._ratios: list[Tensor] = []
         self._clipped = self._tokens = 0
+        self._divergences: list[Tensor] = []
         self._numbers: dict[str, float] = {}
         self._start = 0.0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._ratios, self._clipped, self._tokens, self._numbers = [], 0, 0, {}
+        self._ratios, self._divergences, self._clipped, self._tokens, self._numbers = [], [], 0, 0, {}
         self._start = time.perf_counter()
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
@@ -79,6 +82,8 @@ class RolloutStats(RLCallback):
             self._clipped += int((terms.clipped & counted).sum())
         if terms.log_ratio is not None:
             self._ratios.append(terms.log_ratio.detach()[counted].float().exp().cpu())
+        if experience.ref_logps is not None:
+            self._divergences.append(kl(terms.logps.detach(), experience.ref_logps, experience.mask)[counted].cpu())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,6 +94,8 @@ class RolloutStats(RLCallback):
             for q, value in zip(QUANTILES, few.quantile(torch.tensor(QUANTILES)).tolist(), strict=True):
                 self._numbers[f"ratio/p{round(100 * q)}"] = value
             self._numbers["clip_fraction"] = self._clipped / max(1, self._tokens)
+        if self._divergences and (divergences := torch.cat(self._divergences)).numel():
+            self._numbers["kl"] = float(divergences.mean())
         seconds = time.perf_counter() - self._start
         clock = dict(getattr(pl_module, "seconds", {}))
         clock["train"] = max(0.0, seconds - sum(clock.values()))

@@ -81,9 +81,10 @@ def grpo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = No
 
 def lite_ppo(rewards: Tensor, group: Tensor, mask: Tensor, valid: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Lite PPO: A = (R - mean within the group) / (std over the batch + eps), std with ddof=1 (arXiv 2508.08221). The batch
-    is each rank's own."""
+    is that of all ranks, which must all call this."""
     valid = _valid(rewards, valid)
-    std = rewards[valid].std() if valid.sum() > 1 else 1.0
+    everyone = torch.cat(ranks.gather(rewards[valid]))
+    std = everyone.std() if len(everyone) > 1 else 1.0
     return _spread(_centre(rewards, group, valid)[0] / (std + eps), mask)
 
 

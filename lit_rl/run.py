@@ -126,7 +126,9 @@ def _limit_end() -> None:
     """Out of reach of its service W&B's process may go on trying for a quarter of an hour, and the end of ours waits for it."""
     import wandb
 
-    process = wandb.setup()._connection._proc._process  # it has no public way to give up
+    process = getattr(getattr(wandb.setup()._connection, "_proc", None), "_process", None)  # there is no public way
+    if process is None:  # it has ended, or is somebody else's
+        return
 
     def late(*_: Any) -> None:
         process.kill()

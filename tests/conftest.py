@@ -13,10 +13,14 @@ logging.raiseExceptions = False  # handlers that outlive a captured stream
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """No test writes into the checkout, and one test's global seed is not another's."""
+    """No test writes into the checkout, and one test's global seed and ranks are not another's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    before = dict(os.environ)
     yield
+    for name in os.environ.keys() - before.keys():  # such as LOCAL_RANK, with which a command starts no further ranks
+        if not name.startswith("WANDB_"):  # its process is the same for all tests
+            del os.environ[name]
     import torch.distributed as dist
 
     if dist.is_initialized():  # what is forked by a later test would wait for others in it

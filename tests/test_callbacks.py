@@ -81,6 +81,22 @@ def test_entropy_of_a_policy_is_that_of_its_response_tokens():
     assert log.rows[0]["entropy"] == pytest.approx(watch.want, rel=1e-4)
 
 
+def test_divergence_from_the_reference():
+    class Watch(RLCallback):
+        seen = []
+
+        def on_loss(self, trainer, module, x, terms):
+            new, ref = (m(x.tokens).logits[:, :-1].log_softmax(-1) for m in (module.model, module.reference))
+            d = (ref - new).gather(2, x.tokens[:, 1:, None])[..., 0][x.mask[:, 1:]]
+            self.seen += (d.exp() - 1 - d).tolist()
+
+    log = Log()
+    module = policy(epochs=2, lr=1e-3, kl_coef=0.1)
+    trainer(max_steps=1, callbacks=[RolloutStats(), Watch(), log]).fit(module, Letters(batch_size=8))
+    assert log.rows[0]["kl"] == pytest.approx(sum(Watch.seen) / len(Watch.seen), rel=1e-3)
+    assert log.rows[0]["kl"] > 1e-4
+
+
 def test_rollout_stats():
     log = Log()
     module = policy(epochs=2, minibatches=2, lr=3e-3)

@@ -221,6 +221,7 @@ EQUAL |= {
     "RLCCF": case(method="RLCCF", data=Answers, settings={"minibatches": 2, "microbatch_tokens": 100}),
     "clipping": case(gradient_clip_val=0.01),
     "rank 1 has no rows": case(data={"long": (1, 3)}, settings={"kl_in_reward": True, "advantage": "reinforce_pp"}),
+    "a deviation of all ranks": case(data={"dull": (1, 3)}, settings={"advantage": "lite_ppo"}),
     "rank 1 has no signal": case(data={"dull": (1, 3)}, settings={"kl_coef": 0.0}),
     "nobody has a signal": case(data={"dull": range(4)}, settings={"kl_coef": 0.0}),
     "other numbers of slices": case(
