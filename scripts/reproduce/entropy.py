@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -80,13 +81,11 @@ def main() -> None:
     for seed in args.seeds:
         start = warm_start(args, seed)
 
-        def policy(start: str = start, **clip: float) -> DAPO:
-            return DAPO(start, overlong_buffer=0.0, dynamic_sampling=False, **SETTINGS, **clip)
-
+        policy = partial(DAPO, start, overlong_buffer=0.0, dynamic_sampling=False, **SETTINGS)
         records.append(run(args, NAME, "warm start", seed, policy, bootcamp(args, seed), steps=0))
         for arm, clip in ARMS.items():
             trick = {"Clip-Cov": [ClipCov(ratio=0.2, low=0.3)], "KL-Cov": [KLCov(ratio=0.1, coef=3.0)]}.get(arm, [])
-            make = lambda clip=clip: policy(**clip)  # noqa: E731
+            make = partial(policy, **clip)
             records.append(run(args, NAME, arm, seed, make, bootcamp(args, seed), [Entropy(), *trick]))
     save(args, NAME, records, ("entropy", "reward", "val/pass@1"))
     print(tables(records))
