@@ -115,6 +115,7 @@ def run(
     callbacks: Iterable[L.Callback] = (),
     steps: int | None = None,
     tests: dict[str, Bootcamp] = {},  # noqa: B006  (never changed)
+    validate: int = 25,
 ) -> Record:
     """Trains one arm of the reproduction `name` and tests it on `data`, and on `tests`, whose numbers get their key as a
     prefix. With no steps it tests what the arm begins with."""
@@ -124,7 +125,7 @@ def run(
     L.seed_everything(seed, verbose=False)
     policy, steps = make(), args.steps if steps is None else steps
     if steps:
-        trainer(steps, folder, callbacks, validate=min(25, steps)).fit(policy, data)
+        trainer(steps, folder, callbacks, validate=min(validate, steps)).fit(policy, data)
     numbers: dict[str, Any] = {}
     for prefix, held_out in {"": data, **tests}.items():
         with contextlib.redirect_stdout(io.StringIO()):

@@ -41,14 +41,13 @@ def main() -> None:
             "incompetent": max(2, round(INCOMPETENT * args.warm_steps)),
         }.items():
             start = warm_start(args, seed, warm_steps)
-
             policy = partial(GRPO, start, kl_coef=0.0, aggregate="token", group=32, **SETTINGS)
             data = bootcamp(args, seed, batch_size=max(1, args.batch // 2))
             records.append(run(args, NAME, f"{arm}, warm start", seed, policy, data, steps=0))
             callbacks = [EntropyMonitor(), MajorityVote(samples=16)]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                records.append(run(args, NAME, f"{arm}, TTRL", seed, policy, data, callbacks))
+                records.append(run(args, NAME, f"{arm}, TTRL", seed, policy, data, callbacks, validate=10))
             records[-1]["warned"] = float(any(WARNING in str(w.message) for w in caught))
     save(args, NAME, records, ("vote/majority_ratio", "vote/label_accuracy", "vote/true_reward", "val/pass@1"))
     print(tables(records))
