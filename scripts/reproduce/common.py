@@ -169,8 +169,13 @@ def spread(values: Iterable[float]) -> str:
     return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{fmean(values):.3f}"
 
 
+def first(record: Record, curve: str, steps: int = 10) -> float:
+    """Mean of a curve over the first steps."""
+    return fmean(v for _, v in record["curves"][curve][:steps])
+
+
 def last(record: Record, curve: str, steps: int = 10) -> float:
-    """Mean of a curve over the last steps."""
+    """Mean of a curve over the last steps; of all for 0."""
     return fmean(v for _, v in record["curves"][curve][-steps:])
 
 

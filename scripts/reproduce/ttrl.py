@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-from common import SETTINGS, Record, bootcamp, curves, last, options, plot, run, save, table, warm_start
+from common import SETTINGS, Record, bootcamp, curves, first, last, options, plot, run, save, table, warm_start
 
 from lit_rl import GRPO
 from lit_rl.callbacks import EntropyMonitor, MajorityVote
@@ -25,7 +25,7 @@ def tables(records: list[Record]) -> str:
             "held-out pass@1": lambda r: r["test"]["pass@1"],
             "held-out maj@8": lambda r: r["test"]["maj@8"],
             "majority ratio, last 10 steps": lambda r: last(r, "vote/majority_ratio"),
-            "label accuracy, first 10": lambda r: last({"curves": {"x": r["curves"]["vote/label_accuracy"][:10]}}, "x"),
+            "label accuracy, first 10": lambda r: first(r, "vote/label_accuracy"),
             "and last 10": lambda r: last(r, "vote/label_accuracy"),
             "warned (share of seeds)": lambda r: r["warned"],
         },
