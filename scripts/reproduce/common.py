@@ -21,7 +21,7 @@ import lightning.pytorch as L
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lit_rl import SFT, Policy, Sampling, jsonl
+from lit_rl import SFT, Sampling, jsonl
 from lit_rl.charts import HEIGHT, WIDTH, Points, axes, dots, polylines, smooth, thin
 from lit_rl.datamodules import Bootcamp
 from lit_rl.run import METRICS, RunLogger
@@ -91,18 +91,18 @@ def trainer(steps: int, folder: Path, callbacks: Iterable[L.Callback] = (), vali
     )
 
 
-def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, **data: Any) -> str:
-    """The folder of a tiny model that has seen worked solutions; made once for each of these settings and seeds."""
+def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, model: str = "tiny", **data: Any) -> str:
+    """The folder, named as `model`, of a model that has seen worked solutions; made once for each of these settings."""
     steps = steps or args.warm_steps
     name = f"{seed}-{steps}-" + "-".join(f"{k}-{v}" for k, v in data.items() if k != "families")
     folder = args.work / "warm" / ("-".join([name.strip("-"), *map(str, data.get("families", []))]))
-    if not (folder / "model").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    if not (folder / model).exists():
         L.seed_everything(seed, verbose=False)
-        policy = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=min(10, steps - 1), microbatch_tokens=2048)
-        trainer(steps, folder).fit(policy, bootcamp(args, seed, **{"batch_size": 32, **data}))
-        policy.export(folder / "model")
-    return str(folder / "model")
+        policy = SFT(model, lr=2e-3, schedule="cosine", warmup_steps=min(10, steps - 1), microbatch_tokens=2048)
+        shutil.rmtree(folder / "log", ignore_errors=True)
+        trainer(steps, folder / "log").fit(policy, bootcamp(args, seed, **{"batch_size": 32, **data}))
+        policy.export(folder / model)
+    return str(folder / model)
 
 
 def run(
@@ -110,7 +110,7 @@ def run(
     name: str,
     arm: str,
     seed: int,
-    make: Callable[[], Policy],
+    make: Callable[[], L.LightningModule],
     data: Bootcamp,
     callbacks: Iterable[L.Callback] = (),
     steps: int | None = None,
@@ -129,16 +129,16 @@ def run(
     numbers: dict[str, Any] = {}
     for prefix, held_out in {"": data, **tests}.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer(0, folder / "test").test(policy, held_out, verbose=False)
-        numbers |= {f"{prefix}{k}": round(v, 4) for k, v in policy.table.scalars().items()}
-    found: dict[str, list[list[float]]] = {}
+            (found,) = trainer(0, folder / "test").test(policy, held_out, verbose=False)
+        numbers |= {prefix + k.removeprefix("test/"): round(v, 4) for k, v in found.items()}
+    logged: dict[str, list[list[float]]] = {}
     for row in jsonl.read(folder / METRICS):
         for metric, value in row.items():
             if metric not in ("step", "epoch") and math.isfinite(value):
-                found.setdefault(metric, []).append([row["step"], float(f"{value:.4g}")])
+                logged.setdefault(metric, []).append([row["step"], float(f"{value:.4g}")])
     seconds = round(time.process_time() - begin, 1)
     print(f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {seconds:.0f} s", flush=True)
-    return {"arm": arm, "seed": seed, "test": numbers, "curves": found, "cpu_seconds": seconds}
+    return {"arm": arm, "seed": seed, "test": numbers, "curves": logged, "cpu_seconds": seconds}
 
 
 def save(args: argparse.Namespace, name: str, records: list[Record], keep: Iterable[str]) -> None:
