@@ -22,7 +22,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rl import SFT, Sampling, jsonl
-from lit_rl.charts import HEIGHT, WIDTH, Points, axes, dots, polylines, smooth, thin
+from lit_rl.charts import HEIGHT, WIDTH, Points, axes, polylines, smooth, thin
 from lit_rl.datamodules import Bootcamp
 from lit_rl.run import METRICS, RunLogger
 
@@ -42,7 +42,7 @@ COLORS = "#0072b2", "#d55e00", "#009e73", "#b8578f", "#a87900", "#6b6b6b"
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b6570}.title{font-size:13px;font-weight:600;fill:#1c2126}"
     "line{stroke:#dfe3e8}.zero{stroke:#5b6570}.raw{stroke-width:1;stroke-opacity:.3}"
-    "polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}circle{fill:var(--c);fill-opacity:.5}"
+    "polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}"
 )
 Record = dict[str, Any]
 """Of one run: arm, seed, test (numbers on held-out tasks), curves ({name: [[step, value]]}), cpu_seconds."""
@@ -199,23 +199,18 @@ def _cell(records: list[Record], value: Callable[[Record], float]) -> str:
         return "–"
 
 
-def plot(path: Path, panels: dict[str, dict[str, list[Points]]], by: str = "step", scatter: bool = False) -> None:
+def plot(path: Path, panels: dict[str, dict[str, list[Points]]]) -> None:
     """SVG: panels {title: {label: one curve a seed}} in a row. Pale lines are seeds, the strong one is their mean."""
     drawn = []
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
     for i, (title, panel) in enumerate(panels.items()):
         points = [p for curves in panel.values() for curve in curves for p in curve]
         xs = [a for a, _ in points] or [0.0]
-        svg, x, y = axes(by, min([0.0, *xs]), max(xs), [b for _, b in points])
+        svg, x, y = axes("step", min([0.0, *xs]), max(xs), [b for _, b in points], smallest=1.0)
         for label, curves in panel.items():
-            marks = ""
-            for curve in curves:
-                if scatter:
-                    marks += dots(thin(sorted(curve)), x, y, 2)
-                else:
-                    marks += polylines([(x(a), y(b)) for a, b in thin(_smooth(curve))], "raw")
-            if not scatter:
-                marks += polylines([(x(a), y(b)) for a, b in _mean([_smooth(c) for c in curves])])
+            smoothed = [_smooth(curve) for curve in curves]
+            marks = "".join(polylines([(x(a), y(b)) for a, b in thin(curve)], "raw") for curve in smoothed)
+            marks += polylines([(x(a), y(b)) for a, b in _mean(smoothed)])
             svg.append(f'<g style="--c:{COLORS[labels.index(label) % len(COLORS)]}">{marks}</g>')
         heading = f'<text class="title" x="12" y="-8">{escape(title)}</text>'
         drawn.append(f'<g transform="translate({i * WIDTH},30)">{heading}{"".join(svg)}</g>')
