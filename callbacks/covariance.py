@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -37,6 +37,7 @@ class Covariance(RLCallback):
     """
 
     name = ""
+    refuses: ClassVar[dict[str, str]] = {"SFT": "likelihood has no advantages, which the covariance is of"}
 
     def __init__(self, ratio: float) -> None:
         require(0 < ratio <= 1, "ratio", ratio, "a fraction above 0 and at most 1, not percent: 0.2 % is 0.002")
@@ -139,6 +140,10 @@ class ClipCov(Covariance):
     """
 
     name = "clip_cov"
+    refuses: ClassVar[dict[str, str]] = {
+        **Covariance.refuses,
+        "KLCov": "both decide what becomes of the tokens of largest covariance: leave one out",
+    }
 
     def __init__(self, ratio: float = 2e-4, low: float = 1.0, high: float = 5.0) -> None:
         super().__init__(ratio)

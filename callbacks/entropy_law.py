@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,6 +27,8 @@ class EntropyLaw(RLCallback):
     Args:
         steps: The first steps, whose points are fitted; the paper's 36 were 15 % of the run. At least 5.
     """
+
+    refuses: ClassVar[dict[str, str]] = {"SFT": "it has no rewards, which the law is of"}
 
     def __init__(self, steps: int = FIRST) -> None:
         require(steps >= FEWEST, "steps", steps, f"at least {FEWEST}")

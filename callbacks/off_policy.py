@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -48,6 +48,8 @@ class OffPolicyMixing(RLCallback):
         gamma: Of the shaping; None: f(p) = p.
         keep_wrong: Train on demonstrations that the verifier rejects, with the reward that it gives.
     """
+
+    refuses: ClassVar[dict[str, str]] = {"SFT": "it trains on demonstrations by itself"}
 
     def __init__(
         self,

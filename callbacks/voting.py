@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -40,6 +40,11 @@ class MajorityVote(RLCallback):
         monitor: The validation metric that should not fall.
     """
 
+    refuses: ClassVar[dict[str, str]] = {
+        "SFT": "it samples no responses that could vote",
+        "Group": "its members learn from a vote of their own, that of all of them: leave MajorityVote out",
+    }
+
     def __init__(self, samples: int = 32, labelled: bool = True, monitor: str = "val/pass@1") -> None:
         require(samples >= 1, "samples", samples, "at least 1")
         self.samples, self.labelled, self.monitor = samples, labelled, monitor
@@ -57,10 +62,6 @@ class MajorityVote(RLCallback):
             return
         if not isinstance(pl_module, Rollout):
             raise TypeError(f"MajorityVote needs a policy that samples responses, not {type(pl_module).__name__}")
-        if pl_module.name:
-            raise ValueError(
-                "MajorityVote is of one policy, and this one learns from the votes of several: leave it out"
-            )
         if getattr(getattr(trainer, "datamodule", None), "adaptive", False):
             raise ValueError(
                 "adaptive is True: it must be False, since it raises levels by labels, which a vote replaces"

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 import lit_rl.callbacks
 import lit_rl.datamodules
-from lit_rl import methods, ranks, resume, run
+from lit_rl import hooks, methods, ranks, resume, run
 from lit_rl.adapters import LoRA
 from lit_rl.commands import COMMANDS, recipe_paths
 from lit_rl.generation.base import Sampling
@@ -121,6 +122,12 @@ class CLI(LightningCLI):
         self.folder: Path | None = None
         if self.subcommand == "fit" and config.get("ckpt_path") is None and int(os.environ.get(RESTARTS, "0")):
             config.ckpt_path = "last"
+        if self.subcommand == "fit":
+            listed = config.trainer.callbacks or []
+            try:
+                hooks.refuse(_class(config.model), [_class(one) for one in listed if hasattr(one, "class_path")])
+            except ValueError as error:  # before a large model is loaded
+                sys.exit(f"lit-rl: {error}")
         if not (config.trainer.fast_dev_run or config.trainer.barebones or config.trainer.logger is False):
             if config.run is None and config.trainer.num_nodes > 1:
                 sys.exit(
@@ -182,6 +189,11 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
         ranks.join(self.trainer)
+
+
+def _class(config: Any) -> Any:
+    module, _, name = config.class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _free_folder(name: str) -> str:

@@ -119,6 +119,7 @@ class Group(InnerLoop, Evaluated):
     # ---------------------------------------------------------------- the Trainer
 
     def configure_callbacks(self) -> list[L.Callback]:
+        own = super().configure_callbacks()
         for member in self.members:
             member.trainer = self.trainer
         trainer: Any = self.trainer
@@ -128,7 +129,7 @@ class Group(InnerLoop, Evaluated):
             else one
             for one in trainer.callbacks
         ]
-        return super().configure_callbacks()
+        return own
 
     def setup(self, stage: str) -> None:
         kind, strategy = type(self).__name__, self.trainer.strategy

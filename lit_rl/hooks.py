@@ -5,7 +5,8 @@ Lightning's own callback dispatch cannot carry them: it demands the hook of ever
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as L
 
@@ -18,6 +19,8 @@ HOOKS = ("on_rollout", "on_advantage", "on_minibatch", "on_loss")
 class RLCallback(L.Callback):
     """A callback with hooks into reinforcement learning. Any object with a method of these names is called as well."""
 
+    refuses: ClassVar[dict[str, str]] = {}
+    """Methods and other callbacks that it does not work with, by the name of their class or of a base, and why."""
     needs_all_rows: bool = False
     """True when `on_loss` gives gradient to rows without advantage, which otherwise never reach the model."""
 
@@ -47,3 +50,12 @@ def call(trainer: L.Trainer, hook: str, *args: Any, module: L.LightningModule | 
     for listener in (*trainer.callbacks, getattr(trainer, "datamodule", None)):  # type: ignore[attr-defined]
         if (method := getattr(listener, hook, None)) is not None:
             method(trainer, module or trainer.lightning_module, *args)
+
+
+def refuse(module: type, callbacks: Sequence[type]) -> None:
+    """Raises ValueError when one of the callbacks does not work with the module, or beside another one."""
+    for callback in callbacks:
+        reasons = getattr(callback, "refuses", {})
+        for other in (module, *callbacks):
+            if name := next((base.__name__ for base in other.__mro__ if base.__name__ in reasons), None):
+                raise ValueError(f"{callback.__name__} does not work with {other.__name__}: {reasons[name]}")

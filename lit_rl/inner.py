@@ -73,6 +73,8 @@ class InnerLoop(L.LightningModule):
                     raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
 
     def configure_callbacks(self) -> list[L.Callback]:
+        if self.trainer.state.fn == "fit":
+            hooks.refuse(type(self), [type(one) for one in self.trainer.callbacks])  # type: ignore[attr-defined]
         return [self.stopping, ExactResume()]
 
     def on_fit_start(self) -> None:

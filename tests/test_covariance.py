@@ -210,7 +210,7 @@ def test_bad_settings(make, message):
 
 
 def test_it_needs_advantages_and_kl_cov_more_than_one_step():
-    with pytest.raises(TypeError, match="ClipCov needs advantages, so a method that is a Rollout, not SFT"):
+    with pytest.raises(ValueError, match="ClipCov does not work with SFT: likelihood has no advantages"):
         trainer(callbacks=[ClipCov()]).fit(SFT("tiny"), Letters())
     module, twin = policy(), policy()
     with pytest.warns(UserWarning, match="KLCov does nothing with one optimizer step a batch: set"):

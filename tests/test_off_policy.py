@@ -287,7 +287,9 @@ def test_other_mistakes():
     ]:
         with pytest.raises(ValueError, match=message):
             OffPolicyMixing(**settings)
-    with pytest.raises(TypeError, match="OffPolicyMixing needs a policy that samples responses, not SFT"):
+    with pytest.raises(
+        ValueError, match="OffPolicyMixing does not work with SFT: it trains on demonstrations by itself"
+    ):
         run(SFT("tiny"))
     write("t.jsonl")
     with pytest.warns(UserWarning, match="t.jsonl knows none of its tasks' ids and prompts, but such as 'id 0'"):

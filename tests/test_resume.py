@@ -12,7 +12,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from lit_rl import GRPO, RLCCF, RLCallback, Sampling, Verdict, jsonl, resume
+from lit_rl import GRPO, RLCCF, RLCallback, Sampling, Verdict, hooks, jsonl, resume
 from lit_rl.cli import CALLBACKS, METHODS
 from lit_rl.datamodules import Bootcamp
 from lit_rl.models import tiny_tokenizer
@@ -88,10 +88,11 @@ def policy(method, seed=0, **settings):
 
 
 def every_callback(module, data, known=CALLBACKS):
-    """All that can be built with their defaults, but those that refuse this method or this data."""
-    made, module = [], getattr(module, "members", [module])[0]
+    """All that can be built with their defaults, but those that refuse this method, this data, or an earlier one."""
+    made, kind, module = [], type(module), getattr(module, "members", [module])[0]
     for callback in known.values():
         try:
+            hooks.refuse(kind, [*map(type, made), callback])
             probe = callback()
             probe.setup(SimpleNamespace(datamodule=data, callbacks=[]), module, "fit")
             probe.teardown(None, module, "fit")

@@ -316,7 +316,10 @@ def test_bad_settings(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(callbacks=[MajorityVote()]), "learns from the votes of several: leave it out"),
+        (
+            dict(callbacks=[MajorityVote()]),
+            "MajorityVote does not work with RLCCF: its members learn from a vote of their own",
+        ),
         (dict(strategy=ModelParallelStrategy()), r"RLCCF cannot shard its members \(ModelParallelStrategy\)"),
         (dict(accumulate_grad_batches=2), "accumulate_grad_batches is 2"),
     ],

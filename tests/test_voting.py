@@ -149,7 +149,7 @@ def test_without_labels_no_accuracy_is_logged():
     ("callback", "module", "data", "message"),
     [
         (lambda: MajorityVote(samples=0), policy, Letters, "samples is 0: it must be at least 1"),
-        (MajorityVote, lambda: SFT("tiny"), Letters, "MajorityVote needs a policy that samples responses, not SFT"),
+        (MajorityVote, lambda: SFT("tiny"), Letters, "MajorityVote does not work with SFT: it samples no responses"),
         (MajorityVote, policy, lambda: Bootcamp(["add-columns"], adaptive=True), "adaptive is True: it must be False"),
     ],
 )
