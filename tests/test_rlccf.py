@@ -95,9 +95,10 @@ class Watch(RLCallback):
         self.seen.append((module.name, x.rewards.clone(), [v.answer for v in x.verdicts], x.group, x.texts))
 
 
-def test_one_member_is_ttrl_on_all_votes():
+@pytest.mark.parametrize("trick", [ClipCov(0.1, low=0.0), KLCov(0.1)], ids=["clip_cov", "kl_cov"])
+def test_one_member_is_ttrl_on_all_votes(trick):
     def monitors():
-        return [ClipCov(0.1, low=0.0), KLCov(0.1), EntropyMonitor(), EntropyLaw(), RolloutStats(), Completions()]
+        return [copy.deepcopy(trick), EntropyMonitor(), EntropyLaw(), RolloutStats(), Completions()]
 
     alone, both = member(), RLCCF([member()])
     run = fit(alone, "alone", [MajorityVote(samples=4), *monitors()])
@@ -105,7 +106,7 @@ def test_one_member_is_ttrl_on_all_votes():
     assert equal(both.members[0].state_dict(), alone.state_dict())
     assert equal(other.optimizers[0].state_dict(), run.optimizers[0].state_dict())
     rows, mine = (left(folder)["metrics"] for folder in ("alone", "group"))
-    assert "clip_cov/covariance" in rows
+    assert f"{trick.name}/covariance" in rows
     for want, got in zip(*(jsonl.read(Path(folder, "metrics.jsonl")) for folder in ("alone", "group")), strict=True):
         for name, value in want.items():
             if name.startswith(("vote/", "val/", "seconds/", "tokens_per", "step", "epoch")):
