@@ -34,7 +34,7 @@ def tables(records: list[Record]) -> str:
         {
             f"level {LEVEL}, trained": lambda r: r["test"]["pass@1"],
             f"level {HELD_OUT}, held out": lambda r: r["test"]["held_out/pass@1"],
-            f"level {START}, before": lambda r: r["test"]["start/pass@1"],
+            f"level {START}, of the start": lambda r: r["test"]["start/pass@1"],
             "reward, all steps": lambda r: last(r, "reward", 0),
             "p of demonstrations, first 10 steps": lambda r: first(r, "off_policy/prob"),
             "and last 10": lambda r: last(r, "off_policy/prob"),
