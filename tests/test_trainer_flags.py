@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+import test_policy
 import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -27,18 +28,32 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.tuner import Tuner
-from test_policy import Letters, trainer, weights
+from test_policy import trainer, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_rl import GRPO, SFT, RLCallback, Sampling, jsonl, models, ops
+from lit_rl import GRPO, RLCCF, SFT, RLCallback, Sampling, Verdict, jsonl, models, ops
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
 from lit_rl.cli import METHODS
 from lit_rl.rollout import Rollout
 from lit_rl.run import RunLogger
 
 
+def first_half(text):
+    right = bool(text) and text[0] < "N"
+    return Verdict(right, float(right), "early" if right else "late")
+
+
+class Letters(test_policy.Letters):
+    """And there is an answer to vote for."""
+
+    def __init__(self, n=64, batch_size=4, score=first_half):
+        super().__init__(n, batch_size, score)
+
+
 def policy(method=GRPO, **kwargs):
-    """A policy over a Llama of 24,000 parameters."""
+    """A policy over a Llama of 24,000 parameters; RLCCF over two."""
+    if method is RLCCF:
+        return RLCCF([policy(GRPO, **kwargs) for _ in range(2)])
     torch.manual_seed(0)
     tokenizer = models.tiny_tokenizer()
     config = LlamaConfig(
@@ -375,7 +390,7 @@ def test_barebones_takes_the_same_steps(name):
 def test_bf16_mixed_has_the_gradient_of_float32_to_rounding(name):
     """From the same responses, which in half precision would be others."""
 
-    class Same(METHODS[name]):
+    class Same(GRPO if name == "RLCCF" else METHODS[name]):
         replies, asked = [], 0
 
         def respond(self, *args, **kwargs):
@@ -384,7 +399,11 @@ def test_bf16_mixed_has_the_gradient_of_float32_to_rounding(name):
                 self.replies.append(super().respond(*args, **kwargs))
             return self.replies[self.asked - 1]
 
-    full, half = (fit(policy(Same, minibatches=1), max_steps=1, precision=p) for p in ("32-true", "bf16-mixed"))
+    def module():
+        one = policy(Same, minibatches=1)
+        return RLCCF([one]) if name == "RLCCF" else one
+
+    full, half = (fit(module(), max_steps=1, precision=p) for p in ("32-true", "bf16-mixed"))
     a, b = full[2].gradients[0], half[2].gradients[0]
     assert 0 < (a - b).norm() < 0.05 * a.norm()
     assert {p.dtype for p in half[1].parameters()} == {torch.float32}
