@@ -68,9 +68,5 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """As `naive_linear_logprob`, in chunks: memory for CHUNK logits whatever M and V; the backward computes them again.
-
-    Under autocast its products are in autocast's precision, as a linear layer's, in the backward too."""
-    if torch.is_autocast_enabled(device := hidden.device.type):
-        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    """As `naive_linear_logprob`, in chunks: memory for CHUNK logits whatever M and V; the backward computes them again."""
     return _LinearLogprob.apply(hidden, weight, targets, temperature)  # type: ignore[no-any-return]
