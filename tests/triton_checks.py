@@ -69,6 +69,14 @@ def test_large_logits():
     assert_same(got, outcome(logprob.naive_linear_logprob, *doubled(*case)), 1e-4)
 
 
+def test_logits_far_below_zero():
+    """The words that fill up the last block have logit 0 there: exp(0 - norm) would be infinite, and reach a gradient."""
+    hidden, weight, targets, up = example(17, 37, 19)
+    case = (hidden.detach().abs() + 10).requires_grad_(), (-1 - weight.detach().abs()).requires_grad_(), targets, up
+    got = outcome(logprob_triton.linear_logprob, *case)
+    assert_same(got, outcome(logprob.naive_linear_logprob, *doubled(*case)), 1e-4)
+
+
 def test_strided_inputs():
     """A transposed head, every second row of the hidden states and of the targets, gradients expanded from a scalar."""
     hidden, weight, targets, _ = example(34, 37, 19)
