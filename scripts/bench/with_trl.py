@@ -1,5 +1,7 @@
 """TRL's side: GRPOTrainer with its defaults, but for the settings that it is given."""
 
+import tempfile
+
 from datasets import Dataset
 from shapes import Meter, arguments
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback  # noqa: F401
@@ -28,7 +30,7 @@ def main() -> None:
         folder,
         reward_funcs=reward,
         args=GRPOConfig(
-            "trl",
+            tempfile.mkdtemp(),
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=rows // micro_batch,
             num_generations=shape.samples,

@@ -91,18 +91,18 @@ def trainer(steps: int, folder: Path, callbacks: Iterable[L.Callback] = (), vali
     )
 
 
-def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, **data: Any) -> str:
-    """The folder of a tiny model that has seen worked solutions; made once for each of these settings and seeds."""
+def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, model: str = "tiny", **data: Any) -> str:
+    """The folder, named as `model`, of a model that has seen worked solutions; made once for each of these settings."""
     steps = steps or args.warm_steps
     name = f"{seed}-{steps}-" + "-".join(f"{k}-{v}" for k, v in data.items() if k != "families")
     folder = args.work / "warm" / ("-".join([name.strip("-"), *map(str, data.get("families", []))]))
-    if not (folder / "model").exists():
+    if not (folder / model).exists():
         L.seed_everything(seed, verbose=False)
-        policy = SFT("tiny", lr=2e-3, schedule="cosine", warmup_steps=min(10, steps - 1), microbatch_tokens=2048)
+        policy = SFT(model, lr=2e-3, schedule="cosine", warmup_steps=min(10, steps - 1), microbatch_tokens=2048)
         shutil.rmtree(folder / "log", ignore_errors=True)
         trainer(steps, folder / "log").fit(policy, bootcamp(args, seed, **{"batch_size": 32, **data}))
-        policy.export(folder / "model")
-    return str(folder / "model")
+        policy.export(folder / model)
+    return str(folder / model)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def trl(
     trainer = Recording(
         model,
         reward_funcs=reward,
-        args=GRPOConfig("trl", **{**options, **(vllm or {}), **settings}),
+        args=GRPOConfig(tempfile.mkdtemp(), **{**options, **(vllm or {}), **settings}),
         train_dataset=Dataset.from_list([{"prompt": p} for p in dict.fromkeys(row.prompt for row in rows)]),
         processing_class=models.tiny_tokenizer(),
         callbacks=[Record()],
