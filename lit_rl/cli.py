@@ -7,9 +7,9 @@ import os
 import re
 import sys
 from difflib import get_close_matches
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -123,9 +123,10 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and config.get("ckpt_path") is None and int(os.environ.get(RESTARTS, "0")):
             config.ckpt_path = "last"
         if self.subcommand == "fit":
-            listed = config.trainer.callbacks or []
+            given = config.trainer.callbacks or []
+            kinds = [locate(one.class_path) for one in (given if isinstance(given, list) else [given])]
             try:
-                hooks.refuse(_class(config.model), [_class(one) for one in listed if hasattr(one, "class_path")])
+                hooks.refuse(locate(config.model.class_path), [kind for kind in kinds if isinstance(kind, type)])
             except ValueError as error:  # before a large model is loaded
                 sys.exit(f"lit-rl: {error}")
         if not (config.trainer.fast_dev_run or config.trainer.barebones or config.trainer.logger is False):
@@ -189,11 +190,6 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
         ranks.join(self.trainer)
-
-
-def _class(config: Any) -> Any:
-    module, _, name = config.class_path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _free_folder(name: str) -> str:

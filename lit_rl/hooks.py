@@ -52,10 +52,13 @@ def call(trainer: L.Trainer, hook: str, *args: Any, module: L.LightningModule | 
             method(trainer, module or trainer.lightning_module, *args)
 
 
-def refuse(module: type, callbacks: Sequence[type]) -> None:
-    """Raises ValueError when one of the callbacks does not work with the module, or beside another one."""
+def refuse(module: Any, callbacks: Sequence[type]) -> None:
+    """Raises ValueError when one of the callbacks does not work with the module, or beside another one. All are classes, but
+    that of a module made by a function may not be known yet: nothing is said of that."""
     for callback in callbacks:
         reasons = getattr(callback, "refuses", {})
         for other in (module, *callbacks):
-            if name := next((base.__name__ for base in other.__mro__ if base.__name__ in reasons), None):
+            if name := next(
+                (base.__name__ for base in getattr(other, "__mro__", ()) if base.__name__ in reasons), None
+            ):
                 raise ValueError(f"{callback.__name__} does not work with {other.__name__}: {reasons[name]}")

@@ -1,6 +1,7 @@
 """Callbacks work together, and with every method, or say why not before anything runs."""
 
 from itertools import combinations
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
@@ -98,3 +99,28 @@ def test_the_command_line_refuses_before_a_model_is_loaded(words, message, capsy
     code, text = run(capsys, "fit", *words, "--config", "tiny", "--model.model", "no/such-model")
     assert code
     assert text.startswith(f"lit-rl: {message}")
+
+
+MINE = """
+from lit_rl import GRPO
+
+class Outer:
+    class Inner(GRPO):
+        pass
+
+def make(model: str = "tiny") -> GRPO:
+    return GRPO(model)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--trainer.callbacks", "EntropyMonitor"), ("--model", "of_a_user.Outer.Inner"), ("--model", "of_a_user.make")],
+    ids=["one callback", "a nested class", "a function"],
+)
+def test_what_a_user_may_name_is_not_in_the_way(words, monkeypatch, capsys):
+    Path("of_a_user.py").write_text(MINE)
+    monkeypatch.syspath_prepend(".")
+    short = ("--trainer.max_steps", 1, "--trainer.enable_progress_bar", "false", "--run", "r")
+    code, text = run(capsys, "fit", "--config", "grpo", "--config", "tiny", *words, *short)
+    assert code == 0, text
