@@ -28,7 +28,7 @@ from transformers.generation.logits_process import (
 )
 
 from lit_rl.generation import native
-from lit_rl.generation.base import Completion, Sampling
+from lit_rl.generation.base import Completion, Sampling, later_seed
 from lit_rl.generation.native import NativeGenerator
 from lit_rl.generation.sampling import draw, uniforms
 
@@ -346,6 +346,57 @@ def test_stop_strings_of_cut_characters_decode_only_tails(llama: Any) -> None:
     expected = next(n for n in range(60) if "éé" in decode(ids[:n]))
     cut = run(["éé"])
     assert (cut.finish, cut.tokens.tolist()) == ("stop", ids[:expected])
+
+
+def continued(model: Any, chunk: int, total: int, **sampling: Any) -> list[list[Completion]]:
+    """PROMPTS and SEEDS, sampled by calls of at most `chunk` new tokens."""
+    engine = generator(model, (3, 4))
+    parts: dict[tuple[int, int], list[Completion]] = {
+        (i, j): [] for i, row in enumerate(SEEDS) for j in range(len(row))
+    }
+    open_ = list(parts)
+    for _ in range(0, total, chunk):
+        rows = [[j for k, j in open_ if k == i] for i in range(len(PROMPTS))]
+        begun = [[[t for c in parts[i, j] for t in c.tokens.tolist()] for j in row] for i, row in enumerate(rows)]
+        seeds = [[SEEDS[i][j] for j in row] for i, row in enumerate(rows)]
+        out = engine.generate(PROMPTS, seeds, Sampling(max_new_tokens=chunk, **sampling), begun)
+        for i, row in enumerate(rows):
+            for j, completion in zip(row, out[i], strict=True):
+                parts[i, j].append(completion)
+        open_ = [place for place in open_ if parts[place][-1].finish == "length"]
+    columns = ("tokens", "logps", "log_kept")
+    join = lambda own: [torch.cat([getattr(c, name) for c in own]) for name in columns]  # noqa: E731
+    return [
+        [Completion(*join(parts[i, j]), "", parts[i, j][-1].finish) for j in range(len(row))]
+        for i, row in enumerate(SEEDS)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral window", "mamba"])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9, "temperature": 1.2}])
+def test_a_completion_goes_on_as_if_it_had_not_been_interrupted(name: str, cut: dict[str, Any]) -> None:
+    model = build(CONFIGS[name], scale=2.0)
+    free = sample(model, PROMPTS, SEEDS, (3, 4), max_new_tokens=24, **cut)
+    long = max((x for row in free for x in row), key=lambda x: len(x.tokens))
+    stop = [letters(long.tokens[6:10].tolist())]  # across the border of chunks of 8
+    assert len(stop[0]) == 4
+    for settings in (cut, {**cut, "stop": stop}):
+        whole = sample(model, PROMPTS, SEEDS, (3, 4), max_new_tokens=24, **settings)
+        assert len({len(x.tokens) for row in whole for x in row}) > 2
+        for chunk in (1, 8, 12, 24):
+            for a, b in zip(
+                itertools.chain(*continued(model, chunk, 24, **settings)), itertools.chain(*whole), strict=True
+            ):
+                assert (a.tokens.tolist(), a.finish) == (b.tokens.tolist(), b.finish)
+                torch.testing.assert_close(a.logps, b.logps, atol=5e-6, rtol=0)
+                torch.testing.assert_close(a.log_kept, b.log_kept, atol=5e-6, rtol=0)
+
+
+def test_later_seeds_are_of_their_place() -> None:
+    assert later_seed(7, 0) == 7
+    seeds = {later_seed(seed, place) for seed in range(20) for place in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_uneven_seeds_duplicates_and_nothing(llama: Any) -> None:

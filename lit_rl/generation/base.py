@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ class Completion:
     finish: Literal["stop", "length"]
 
 
+def later_seed(seed: int, place: int) -> int:
+    """A seed for the tokens of a completion from `place` on; at 0 the completion's own."""
+    digest = blake2b(f"{seed}\0{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1 if place else seed
+
+
 class Generator(Protocol):
     """An engine that samples. `generate` must depend on each prompt's own seeds only, not on how prompts are batched."""
 
@@ -63,9 +70,19 @@ class Generator(Protocol):
         """Take over the current weights of the trained model."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        begun: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> list[list[Completion]]:
-        """For each prompt (token ids) as many completions as it has seeds (64-bit non-negative integers)."""
+        """For each prompt (token ids) as many completions as it has seeds (64-bit non-negative integers).
+
+        begun: the tokens that each completion has so far, [prompt][seed][token], some or all of them empty. It goes on as
+        if it had never been interrupted, stop strings included, for `sampling.max_new_tokens` further ones at most, and
+        only these are returned. Random numbers depend on the seed and on a token's place in the whole completion; an engine
+        that cannot enter a seed's stream in the middle takes `later_seed`.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

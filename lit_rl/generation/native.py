@@ -60,24 +60,29 @@ class NativeGenerator:
         self.model = model
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        begun: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> list[list[Completion]]:
-        """For each prompt (token ids) as many completions as it has seeds.
+        """For each prompt (token ids) as many completions as it has seeds, or what follows those that have `begun`.
 
         A completion depends on the weights, its prompt and its seed, and on what it is batched with only as far as the
         rounding of the model's sums does. Raises RuntimeError before `sync`; ValueError for an empty prompt, for one
         that leaves too few positions and for a model without a key-value cache; FloatingPointError for logits that are
         not finite.
         """
-        self._check(prompts, seeds, sampling)
+        begun = begun or [[()] * len(row) for row in seeds]
+        self._check(prompts, seeds, sampling, begun)
         places: dict[Prompt, list[Place]] = {}
         for i, prompt in enumerate(prompts):
             for j in range(len(seeds[i])):
-                places.setdefault(tuple(prompt), []).append((i, j))
+                places.setdefault((*prompt, *begun[i][j]), []).append((i, j))
         done: dict[Place, Completion] = {}
         with torch.no_grad(), _evaluating(self.model):
             for chunk in self._chunks(places):
-                done.update(self._sample(chunk, seeds, sampling))
+                done.update(self._sample(chunk, seeds, sampling, begun))
         return [[done[i, j] for j in range(len(row))] for i, row in enumerate(seeds)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +91,13 @@ class NativeGenerator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
-    def _check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        begun: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
         if self.model is None:
             raise RuntimeError("the generator has no model: call sync(model) first")
         if len(prompts) != len(seeds):
@@ -95,9 +106,10 @@ class NativeGenerator:
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {i} has no tokens: give it at least one, such as a beginning-of-text token")
-            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+            length = len(prompt) + max(map(len, begun[i]), default=0)
+            if limit is not None and length + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and sampling.max_new_tokens is {sampling.max_new_tokens}, "
+                    f"prompt {i} has {length} tokens and sampling.max_new_tokens is {sampling.max_new_tokens}, "
                     f"but the model has {limit} positions: shorten max_new_tokens or filter the prompt"
                 )
 
@@ -117,15 +129,20 @@ class NativeGenerator:
             yield chunk
 
     def _sample(
-        self, chunk: Chunk, seeds: Sequence[Sequence[int]], sampling: Sampling
+        self,
+        chunk: Chunk,
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        begun: Sequence[Sequence[Sequence[int]]],
     ) -> Iterator[tuple[Place, Completion]]:
         """The completions of a chunk, sampled together."""
         places = [place for _, part in chunk for place in part]
         rows = Rows(self.model, [(prompt, len(part)) for prompt, part in chunk], self.pad, self.share)
         live = torch.arange(len(places), device=rows.logits.device)  # the row in each slot of the batch
-        noise = uniforms([seeds[i][j] for i, j in places], sampling.max_new_tokens).to(live.device)
+        before = [begun[i][j] for i, j in places]
+        noise = uniforms([seeds[i][j] for i, j in places], sampling.max_new_tokens, [*map(len, before)]).to(live.device)
         eos = torch.tensor(self.eos, dtype=torch.int64, device=live.device)
-        tails = Tails(self.decode, sampling.stop, len(places))
+        tails = Tails(self.decode, sampling.stop, before)
         steps = []
         with rows.attention():
             for t in range(sampling.max_new_tokens):
@@ -156,11 +173,11 @@ class NativeGenerator:
 class Tails:
     """The last tokens of each row, to see when they complete a stop string."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: list[str], rows: int) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], stop: list[str], begun: Sequence[Sequence[int]]) -> None:
         self.decode, self.stop = decode, stop
         # A token that shows adds at least a byte; the last few are for a character that the tail's start cuts.
         length = max((len(string.encode()) for string in stop), default=0) + 4
-        self.tails: list[deque[int]] = [deque(maxlen=length) for _ in range(rows)]
+        self.tails: list[deque[int]] = [deque(tokens, maxlen=length) for tokens in begun]
 
     def stopped(self, rows: list[int], tokens: list[int]) -> Tensor:
         """Append a token to each of these rows. (R,) bool: whether it completed a stop string."""

@@ -11,12 +11,14 @@ from torch import Tensor
 from lit_rl.generation.base import Sampling
 
 
-def uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """(count, len(seeds)) float32 in (0, 1): column j depends on seed j only, and its first rows not on `count`.
+def uniforms(seeds: Sequence[int], count: int, starts: Sequence[int] | None = None) -> Tensor:
+    """(count, len(seeds)) float32 in (0, 1): column j depends on seed j only, and its first rows not on `count`. It is the
+    seed's stream from its place starts[j] on.
 
     The values are the middles of 2^23 equal cells: exact in float32, from 2^-24 to 1 - 2^-24.
     """
-    draws = [np.random.Generator(np.random.Philox(key=seed)).random(count) for seed in seeds]
+    every = zip(seeds, starts or [0] * len(seeds), strict=True)
+    draws = [np.random.Generator(np.random.Philox(key=seed)).random(start + count)[start:] for seed, start in every]
     cells = np.floor(np.stack(draws, axis=1) * 2**23)
     return torch.from_numpy(((cells + 0.5) / 2**23).astype(np.float32))
 
