@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_rl.kernels import logprob
+from lit_rl.kernels import infllm_torch, logprob
+from lit_rl.kernels.infllm import Sequences, Settings
 
-__all__ = ["linear_logprob", "logits_logprob"]
+__all__ = ["block_attention", "linear_logprob", "logits_logprob", "select_blocks"]
 
 
 def _takes_triton(x: Tensor) -> bool:
-    """Triton's kernels are for float32 and bfloat16 on NVIDIA GPUs since Ampere."""
+    """Triton's kernels are for float32 and bfloat16 (InfLLM-v2's for float16 too) on NVIDIA GPUs since Ampere."""
     return (
         x.is_cuda
         and torch.version.cuda is not None
@@ -41,3 +43,26 @@ def logits_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     """Log-probabilities and entropies from logits (M, V) and targets (M,), for heads that are not hidden times weight."""
     logps = (logits.float() / temperature).log_softmax(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, seqs: Sequences, settings: Settings, scale: float, pooled: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """InfLLM-v2's choice of blocks of keys (R, K, S, D) for queries (R, H, T, D): (M, K, W) int32, without gradient. See
+    kernels/infllm.py for shapes."""
+    return _infllm(q).select(q, k, seqs, settings, scale, pooled)
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, seqs: Sequences, settings: Settings, scale: float
+) -> Tensor:
+    """Attention (R, H, T, E) of each query to the keys up to itself in its blocks; zero where no sequence is."""
+    return _infllm(q).attention(q, k, v, blocks, seqs, settings.block_size, scale)
+
+
+def _infllm(x: Tensor) -> Any:
+    if _takes_triton(x) or (x.dtype == torch.float16 and _takes_triton(x[:0].float())):
+        from lit_rl.kernels import infllm_triton
+
+        return infllm_triton
+    return infllm_torch

@@ -1,0 +1,59 @@
+"""InfLLM-v2's Triton kernels: their numbers in Triton's interpreter, and that they compile for the GPUs they are meant for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.mark.slow
+def test_numbers():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).with_name("infllm_checks.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float16, 80), (torch.float32, 80)]
+)
+def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
+    """At the paper's sizes: heads of 128, 16 to a key head, blocks of 64. Shared memory is what the smallest GPU since Ampere
+    gives a program."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lit_rl.kernels import infllm_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    kinds = dict.fromkeys(("q", "k", "v"), kind) | {"blocks": "*i32", "scale": "fp32"}
+    kinds |= dict.fromkeys(("fine", "coarse", "scores", "out", "norm", "up", "delta", "d_q", "d_k", "d_v"), "*fp32")
+    tables = ("sequence", "row", "column", "position", "k_start", "k_length", "seq_row", "counts", "queries", "offsets")
+    kinds |= dict.fromkeys((*tables, "block_sequence", "block_first"), "*i64")
+    shape = {"D": 128, "E": 128, "BLOCK": 64, "SIZE": 32, "STRIDE": 16, "COARSE": True, "LARGEST": 80.0}
+    shape |= {"PRECISION": "ieee", "UPCAST": False, "TILE": kernels.TILE}
+    several = kernels._several(16)
+    for kernel, own in (
+        (kernels._scores, several),
+        (kernels._forward, {"BACKWARD": False, "GROUP": 16}),
+        (kernels._forward, {"BACKWARD": True, "GROUP": 16}),
+        (kernels._backward, several),
+    ):
+        names = kernel.arg_names
+        constants = {name: value for name, value in {**shape, **own}.items() if name in names}
+        constants |= {name: 1 for name in names if name in ("q_d", "k_d", "v_d")}  # as for contiguous inputs
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS
+        )
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024, kernel
