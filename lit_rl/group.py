@@ -49,7 +49,7 @@ class Group(InnerLoop, Evaluated):
         require(len(set(map(id, members))) == len(members) > 0, "members", list(members), "policies that differ")
         limit = f"null, or one for each of {len(members)} members"
         require(devices is None or len(devices) == len(members), "devices", devices, limit)
-        for name in ("epochs", "minibatches", "schedule", "warmup_steps"):
+        for name in ("epochs", "minibatches", "schedule", "warmup_steps", "decay_share"):
             values = {getattr(member, name) for member in members}
             require(len(values) == 1, name, values, "the same for all members, who take their optimizer steps together")
             setattr(self, name, values.pop())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as L
 import torch
@@ -15,9 +14,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rl import hooks, run
+from lit_rl import hooks, run, schedules
 from lit_rl.experience import Experience
 from lit_rl.resume import ExactResume
+from lit_rl.schedules import Schedule
 from lit_rl.stopping import Stopping
 from lit_rl.task import Task
 
@@ -46,8 +46,9 @@ class InnerLoop(L.LightningModule):
     }
     """Callbacks that cannot work, and what to do instead."""
     epochs: int
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: Schedule
     warmup_steps: int
+    decay_share: float
     stopping: Stopping
     _minibatch: Sequence[Part] = ()
     _part: Part | None = None
@@ -183,21 +184,8 @@ class InnerLoop(L.LightningModule):
                 for x in self.policies
             ]
         )
-        if self.schedule == "constant" and not self.warmup_steps:
-            return optimizer
-        total = self.trainer.estimated_stepping_batches
-
-        def factor(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / (self.warmup_steps + 1)
-            if self.schedule == "constant":
-                return 1.0
-            done = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
-            return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-        if self.schedule != "constant" and math.isinf(total):
-            raise ValueError(f"schedule {self.schedule!r} needs an end: set the Trainer's max_steps or max_epochs")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        total = partial(getattr, self.trainer, "estimated_stepping_batches")
+        scheduler = schedules.make(self.schedule, optimizer, total, self.warmup_steps, self.decay_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -16,6 +16,7 @@ from lit_rl.forward import Forward
 from lit_rl.guard import Guard
 from lit_rl.inner import InnerLoop
 from lit_rl.objectives import token_weights
+from lit_rl.schedules import Schedule
 from lit_rl.stopping import Stopping
 from lit_rl.task import Task, Verdict
 
@@ -32,8 +33,9 @@ class Policy(InnerLoop, Actor):
         model: As in Actor; so are all further arguments.
         lr: Learning rate of AdamW; LightningCLI's `--optimizer` and `--lr_scheduler` (stepped as the Trainer is) replace both.
         weight_decay: Of AdamW.
-        schedule: Of the learning rate, over the Trainer's steps.
+        schedule: Of the learning rate, over the Trainer's steps; "wsd" (warm-up, stable, decay) falls at the end alone.
         warmup_steps: Trainer steps in which the learning rate rises from zero.
+        decay_share: Share of the steps in which "wsd" falls.
         epochs: Passes over each experience.
         minibatches: Optimizer steps a pass; a group is never divided between two.
         microbatch_tokens: Tokens in one forward and backward: lower it when memory runs out, the gradient stays the same.
@@ -52,8 +54,9 @@ class Policy(InnerLoop, Actor):
         *,
         lr: float = 1e-6,
         weight_decay: float = 0.0,
-        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        decay_share: float = 0.1,
         epochs: int = 1,
         minibatches: int = 1,
         microbatch_tokens: int = 16384,
@@ -68,7 +71,9 @@ class Policy(InnerLoop, Actor):
             "microbatch_tokens": microbatch_tokens,
         }.items():
             require(value >= 1, name, value, "at least 1")
-        self.lr, self.weight_decay, self.schedule, self.warmup_steps = lr, weight_decay, schedule, warmup_steps
+        require(0 < decay_share <= 1, "decay_share", decay_share, "a share above 0 and at most 1")
+        self.lr, self.weight_decay = lr, weight_decay
+        self.schedule, self.warmup_steps, self.decay_share = schedule, warmup_steps, decay_share
         self.epochs, self.minibatches, self.microbatch_tokens = epochs, minibatches, microbatch_tokens
         if gradient_checkpointing:
             (getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable)()

@@ -273,14 +273,17 @@ def test_each_step_takes_the_clipped_gradient(how, inner):
 
 
 @pytest.mark.parametrize("inner", [dict(), dict(epochs=2, minibatches=2)])
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_the_learning_rate_follows_its_formula(schedule, inner):
     steps, warmup = 7, 2
     _, _, watch = fit(policy(schedule=schedule, warmup_steps=warmup, lr=1e-3, **inner), max_steps=steps)
     want = []
     for step in range(steps):
         done = (step - warmup) / (steps - warmup)
-        falling = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+        falling = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        falling = (falling | {"wsd": 1.0})[
+            schedule
+        ]  # a tenth of 7 steps, rounded, is the last one, at whose start it is 1
         want += [1e-3 * ((step + 1) / (warmup + 1) if step < warmup else falling)] * math.prod(inner.values())
     assert watch.lrs == pytest.approx(want)
 
