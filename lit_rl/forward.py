@@ -1,12 +1,14 @@
 """The training forward: from rows of tokens to the log-probability and entropy of each response token.
 
-Two layouts give the same numbers. "rows" runs each row by itself. "shared" packs a group into one sequence, its prompt
-once and then each response, with position ids that restart after the prompt and a mask that keeps responses apart: the
-prompt is computed once for all of them. Both compare with the model's own logits when first used.
+Three layouts give the same numbers. "rows" runs each row by itself. The others compute a group's prompt once for all its
+responses, with position ids that restart after the prompt: "packed" has all groups in one sequence, without padding, and an
+attention of its own, which is for CPUs; "masked" has a group in each row, and a mask that keeps responses apart. What a model
+takes is found out when it is first used, by comparing with its own logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,9 @@ TOLERANCE = 2e-3
 HALF_TOLERANCE = 0.2
 """Mean difference that does in half precision."""
 LONGEST_PACK = 8192
-"""Tokens of a group in one sequence at most: its mask has the square of that."""
+"""Tokens of a group in one row at most: its mask has the square of that."""
+ATTENTION = "lit_rl_packed"
+"""What transformers calls the attention below."""
 
 
 class Layout(NamedTuple):
@@ -31,7 +35,9 @@ class Layout(NamedTuple):
 
     inputs: Tensor  # (B, L) int64
     positions: Tensor  # (B, L) int64
-    mask: Tensor | None  # (B, 1, L, L) bool; None is plain causal attention
+    mask: (
+        Tensor | None
+    )  # (B, 1, L, L) bool, or (1, 1, S, 3) int64 blocks of packed groups; None is plain causal attention
     source: Tensor  # (M,) int64 into B * L: the position that predicts the m-th response token
 
 
@@ -42,33 +48,47 @@ def rows_layout(x: Experience) -> Layout:
     return Layout(inputs, positions, None, row * inputs.shape[1] + column - 1)
 
 
-def shared_layout(x: Experience) -> Layout:
-    inputs, positions, segments, sources = [], [], [], []
-    groups, counts = x.group.unique_consecutive(return_counts=True)
-    for first, count in zip((counts.cumsum(0) - counts).tolist(), counts.tolist(), strict=True):
-        start = int(x.starts[first])
-        rows = range(first, first + count)
-        bodies = [x.tokens[r, start : int(x.lengths[r]) - 1] for r in rows]  # all but the last token of each response
-        inputs.append(torch.cat([x.tokens[first, :start], *bodies]))
-        spans = [torch.arange(start, start + len(b), device=x.tokens.device) for b in bodies]
-        positions.append(torch.cat([torch.arange(start, device=x.tokens.device), *spans]))
-        sizes = torch.tensor([start, *map(len, bodies)], device=x.tokens.device)
-        segments.append(torch.repeat_interleave(torch.arange(count + 1, device=x.tokens.device), sizes))
-        offset = start
-        for r, body in zip(rows, bodies, strict=True):
-            before = torch.arange(offset - 1, offset + len(body), device=x.tokens.device)
-            before[0] = start - 1  # the first token of every response follows the prompt
-            sources.append(before[x.mask[r, start : int(x.lengths[r])]])
-            offset += len(body)
-    width = max(map(len, inputs))
-    rows_of = torch.repeat_interleave(torch.arange(len(groups), device=x.tokens.device), counts)
-    source = torch.cat([s + int(g) * width for s, g in zip(sources, rows_of, strict=True)])
-    segment = pad_sequence(segments, batch_first=True, padding_value=-1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=x.tokens.device).tril()
-    mask = causal & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))  # (B, L, L)
-    return Layout(
-        pad_sequence(inputs, batch_first=True), pad_sequence(positions, batch_first=True), mask[:, None], source
-    )
+def _packed(x: Experience) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """The groups one after the other, each with its prompt and then its responses without their last tokens, which predict
+    nothing. Tokens, positions and segments (below zero for prompts), (L,) each; the source, as in Layout; the groups' sizes."""
+    position, number = (torch.arange(n, device=x.tokens.device) for n in (x.tokens.shape[1], len(x)))
+    _, counts = x.group.unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )  # (N,): the group's first row, which brings its prompt
+    prompt = position < x.starts[:, None]
+    kept = torch.where(prompt, (first == number)[:, None], position < x.lengths[:, None] - 1)  # (N, T)
+    place = kept.flatten().cumsum(0).view_as(kept) - 1
+    row, column = x.mask.nonzero(as_tuple=True)
+    start = x.starts[row]
+    source = torch.where(column == start, place[first[row], start - 1], place[row, column - 1])
+    segment = torch.where(prompt, ~first[:, None], number[:, None])
+    sizes = [int(part.sum()) for part in kept.split(counts.tolist())]
+    return x.tokens[kept], position.expand_as(kept)[kept], segment[kept], source, sizes
+
+
+def packed_layout(x: Experience) -> Layout:
+    tokens, positions, segment, source, _ = _packed(x)
+    blocks: list[list[int]] = []
+    for number, length in zip(*(part.tolist() for part in segment.unique_consecutive(return_counts=True)), strict=True):
+        if number >= 0 and blocks[-1][::2] == [0, length]:  # as long as the response before it
+            blocks[-1][1] += 1
+        else:
+            blocks.append([number < 0, 1, length])
+    return Layout(tokens[None], positions[None], torch.tensor([[blocks]], dtype=torch.long), source)
+
+
+def masked_layout(x: Experience) -> Layout:
+    *columns, source, sizes = _packed(x)
+    inputs, positions = (pad_sequence(part.split(sizes), batch_first=True) for part in columns[:2])
+    segment = pad_sequence(columns[2].split(sizes), batch_first=True, padding_value=len(x))
+    width = inputs.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=inputs.device).tril()
+    mask = causal & ((segment[:, None, :] < 0) | (segment[:, None, :] == segment[:, :, None]))  # (B, L, L)
+    size = torch.tensor(sizes, device=inputs.device)
+    ends = size.cumsum(0)
+    group = torch.searchsorted(ends, source, right=True)
+    return Layout(inputs, positions, mask[:, None], source + group * width - (ends - size)[group])
 
 
 class Forward:
@@ -79,14 +99,14 @@ class Forward:
         self.notes: list[str] = []
         """What had to be done the slower way, and why; filled at first use."""
         self._fused: bool | None = None
-        self._shared: bool | None = None
+        self._layout: Callable[[Experience], Layout] = rows_layout
 
     def __call__(self, x: Experience, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(N, T) log-probabilities, float32 or wider, of the response tokens under softmax(logits / temperature), less what
         truncation kept, and the entropies of those softmaxes. Zero off the mask."""
         self.check(x.tokens.device)
-        layout = shared_layout(x) if self._shared and self._worth_sharing(x) else rows_layout(x)
-        logps, entropy = self._run(layout, x.tokens[x.mask], temperature, bool(self._fused))
+        layout = rows_layout if self._layout is masked_layout and not self._worth_masking(x) else self._layout
+        logps, entropy = self._run(layout(x), x.tokens[x.mask], temperature, bool(self._fused))
         spread = logps.new_zeros(x.tokens.shape)
         logps, entropy = spread.masked_scatter(x.mask, logps), spread.masked_scatter(x.mask, entropy)
         return (logps if x.log_kept is None else logps - x.log_kept), entropy
@@ -105,8 +125,8 @@ class Forward:
 
         return sharding.run_as_forward(self.model, from_hidden)
 
-    def _worth_sharing(self, x: Experience) -> bool:
-        """Fewer operations as one sequence a group? Linear layers count tokens, attention counts pairs of them."""
+    def _worth_masking(self, x: Experience) -> bool:
+        """Fewer operations as one row a group? Linear layers count tokens, attention counts pairs of them."""
         width = getattr(self.model.config, "hidden_size", 1024)
         groups = x.group.unique_consecutive()
         prompts = torch.stack([x.starts[x.group == g][0] for g in groups])
@@ -128,13 +148,13 @@ class Forward:
 
     @torch.no_grad()
     def _check(self, device: torch.device) -> None:
-        """Finds out, on a few random tokens, whether logits are hidden states times the head's weight, and whether this
-        model honours position ids and a 4-D mask."""
-        self._fused = self._shared = False
+        """Finds out, on a few random tokens, whether logits are hidden states times the head's weight, and which layout
+        this model takes."""
+        self._fused = False
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         numbers = torch.Generator().manual_seed(0)
-        prompt, *responses = (torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (5, 3, 6, 4))
-        x = build([prompt] * 3, responses, [0] * 3, []).to(device)
+        one, two, *responses = (torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (5, 3, 3, 6, 4))
+        x = build([one, one, two], responses, [0, 0, 1], []).to(device)
         targets, rows = x.tokens[x.mask], rows_layout(x)
         want = self._run(rows, targets, 1.0, fused=False)
         head = self.model.get_output_embeddings()
@@ -149,14 +169,29 @@ class Forward:
         if window and window < context_length(self.model) and getattr(self.model.config, "use_sliding_window", True):
             self.notes.append(f"it has a sliding window of {window}: a group's prompt is computed once for each row")
             return
+        for layout in (packed_layout, masked_layout):
+            if self._takes(layout, x, want):
+                self._layout = layout
+                return
+        self.notes.append(
+            "it does not take position ids with a 4-D mask: a group's prompt is computed once for each row"
+        )
+
+    def _takes(self, layout: Callable[[Experience], Layout], x: Experience, want: tuple[Tensor, Tensor]) -> bool:
+        """Whether the numbers are the same. Leaves the model with the attention that this layout needs."""
+        before = self.model.config._attn_implementation
         try:
-            self._shared = self._same(self._run(shared_layout(x), targets, 1.0, fused=self._fused), want)
+            if layout is packed_layout:
+                if x.tokens.device.type != "cpu" or not _replaceable(self.model):
+                    return False
+                _install(self.model)
+            if self._same(self._run(layout(x), x.tokens[x.mask], 1.0, fused=bool(self._fused)), want):
+                return True
         except (ValueError, RuntimeError, TypeError):
-            self._shared = False
-        if not self._shared:
-            self.notes.append(
-                "it does not take position ids with a 4-D mask: a group's prompt is computed once for each row"
-            )
+            pass
+        if self.model.config._attn_implementation != before:
+            self.model.set_attn_implementation(before)
+        return False
 
     def _same(self, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> bool:
         gaps = [(a - b).abs() for a, b in zip(got, want, strict=True)]
@@ -165,3 +200,45 @@ class Forward:
         return all(
             float(gap.mean()) < HALF_TOLERANCE for gap in gaps
         )  # single tokens differ by tenths in half precision
+
+
+def _replaceable(model: Any) -> bool:
+    """Whether the model's attention is a plain softmax of SDPA's, which may be replaced."""
+    return (
+        getattr(model.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
+        and all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
+        and getattr(model, "is_backend_compatible", bool)()
+    )
+
+
+def _install(model: Any) -> None:
+    """Lets the model attend with `_attend` from now on: when a checkpointed layer runs again in the backward, too."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, but where the mask lists the blocks of packed groups."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.dtype != torch.long:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
+        raise ValueError(f"{type(module).__name__} has an attention that groups cannot be packed for")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return ops.packed_attention(query, key, value, attention_mask[0, 0], scale).transpose(1, 2), None

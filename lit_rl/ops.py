@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rl.kernels import infllm_torch, logprob
+from lit_rl.kernels import attention, infllm_torch, logprob
 from lit_rl.kernels.infllm import Sequences, Settings
 
-__all__ = ["block_attention", "linear_logprob", "logits_logprob", "select_blocks"]
+__all__ = ["block_attention", "linear_logprob", "logits_logprob", "packed_attention", "select_blocks"]
 
 
 def _takes_triton(x: Tensor) -> bool:
@@ -25,13 +25,19 @@ def _takes_triton(x: Tensor) -> bool:
     )
 
 
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    return (
+        tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+    )
+
+
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of targets (M,) and entropies (M,) under softmax(hidden @ weight.T / temperature), at least
     float32, from hidden states (M, D) and the head's weight (V, D). The logits (M, V) are never in memory.
 
     Under autocast its products are in autocast's precision, as a linear layer's, in the backward too."""
-    if torch.is_autocast_enabled(device := hidden.device.type):
-        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    hidden, weight = _autocast(hidden, weight)
     if _takes_triton(hidden):
         from lit_rl.kernels import logprob_triton
 
@@ -43,6 +49,15 @@ def logits_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     """Log-probabilities and entropies from logits (M, V) and targets (M,), for heads that are not hidden times weight."""
     logps = (logits.float() / temperature).log_softmax(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
+    """Attention of groups that are packed one after the other, on a CPU: a prompt's tokens see those before them, a
+    response's the prompt as well. query (1, H, M, dim), key and value (1, K, M, dim) with K a divisor of H -> (1, H, M, dim).
+
+    blocks (S, 3) int64: for each run of equally long segments, whether a prompt begins here, their count and their length.
+    """
+    return attention.packed_attention(*_autocast(query, key, value), blocks, scale)
 
 
 def select_blocks(

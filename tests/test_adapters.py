@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callbacks import Log, Stranger
 from test_cli import fit, run
-from test_forward import CONFIGS, experience, model_of, naive
+from test_forward import CONFIGS, LAYOUTS, experience, model_of, naive, use
 from test_policy import Letters, policy, trainer
 from test_resume import judge
 
@@ -77,10 +77,10 @@ def test_every_method_trains_the_adapters_alone(method):
         assert entropy.isfinite()
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gpt2"])
-def test_log_probabilities_are_those_of_peft(name, share, monkeypatch):
-    monkeypatch.setattr(Forward, "_worth_sharing", lambda self, x: share)
+def test_log_probabilities_are_those_of_peft(name, layout, monkeypatch):
+    use(layout, monkeypatch)
     model, x = model_of(name), experience()
     theirs, (mine, about) = copy.deepcopy(model), adapters.adapt(model, LoRA(rank=3, alpha=5), "")
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=about["lora"]["target_modules"])
@@ -91,7 +91,7 @@ def test_log_probabilities_are_those_of_peft(name, share, monkeypatch):
     forward = Forward(mine)
     got, want = forward(x)[0], naive(theirs, x)[0]
     assert forward._fused
-    assert forward._shared
+    assert forward._layout is layout
     assert (got - want).abs().max() < 1e-4 < (want - naive(model_of(name), x)[0]).abs().max()
     for logps in (got, want):
         logps[x.mask].sum().backward()
@@ -186,9 +186,9 @@ def peak(function):
 
 
 @pytest.mark.parametrize("lora", [None, *KINDS.values()], ids=["full", *KINDS])
-@pytest.mark.parametrize("share", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradient_in_less_memory(lora, share, monkeypatch):
-    monkeypatch.setattr(Forward, "_worth_sharing", lambda self, x: share)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_checkpointing_gives_the_same_gradient_in_less_memory(lora, layout, monkeypatch):
+    use(layout, monkeypatch)
     x = build([list(range(50))] * 4, [list(range(3, 43))] * 4, [0] * 4, [])
     gradients, peaks = [], []
     for on in (False, True):

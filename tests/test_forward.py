@@ -5,7 +5,7 @@ import torch
 import transformers as t
 
 from lit_rl.experience import build
-from lit_rl.forward import Forward, rows_layout, shared_layout
+from lit_rl.forward import Forward, masked_layout, packed_layout, rows_layout
 
 SIZES = dict(
     vocab_size=60,
@@ -24,14 +24,19 @@ CONFIGS = {
     "gpt2": lambda: t.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gemma2-softcap": lambda: t.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.3, sliding_window=64),
     "cohere-scale": lambda: t.CohereConfig(**SIZES, logit_scale=0.3),
+    "granite-division": lambda: t.GraniteConfig(**SIZES, logits_scaling=3.0),  # as MiniCPM divides its hidden states
+    "phi-bias": lambda: t.PhiConfig(**SIZES),
 }
 
 
-def model_of(name):
+WINDOWS = ("mistral-window", "gemma2-softcap")
+
+
+def model_of(kind):
     torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(CONFIGS[name]())
-    for p in model.parameters():  # initial values are too small to tell models apart
-        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else None
+    model = t.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    for name, p in model.named_parameters():  # initial values are too small to tell models apart
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 or name == "lm_head.bias" else None
     return model.eval()
 
 
@@ -56,10 +61,20 @@ def naive(model, x, temperature=1.0):
     return logps, entropy
 
 
+LAYOUTS = [packed_layout, masked_layout, rows_layout]
+
+
+def use(layout, monkeypatch):
+    """No other layout than this, where a model takes it."""
+    takes = Forward._takes
+    monkeypatch.setattr(Forward, "_takes", lambda self, way, *args: way is layout and takes(self, way, *args))
+    monkeypatch.setattr(Forward, "_worth_masking", lambda self, x: True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("share", [True, False])
-def test_equals_a_plain_forward(name, share, monkeypatch):
-    monkeypatch.setattr(Forward, "_worth_sharing", lambda self, x: share)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_a_plain_forward(name, layout, monkeypatch):
+    use(layout, monkeypatch)
     model, x = model_of(name), experience()
     forward = Forward(model)
     for temperature in (1.0, 0.7):
@@ -78,14 +93,16 @@ def test_equals_a_plain_forward(name, share, monkeypatch):
             )
         for got, want in zip(results[1], results[0], strict=True):
             assert (got - want).norm() / want.norm() < 2e-5
+    assert forward._layout is (rows_layout if name in WINDOWS else layout)
 
 
 def test_what_each_model_gets():
     notes = {name: (forward := Forward(model_of(name)))(experience()) and forward for name in CONFIGS}
-    assert all(notes[name]._fused and notes[name]._shared for name in ("llama", "llama-tied", "qwen2", "qwen3", "gpt2"))
-    assert not notes["mistral-window"]._shared
+    for name in ("llama", "llama-tied", "qwen2", "qwen3", "gpt2"):
+        assert notes[name]._fused
+        assert notes[name]._layout is packed_layout
     assert "sliding window of 6" in notes["mistral-window"].notes[0]
-    for name in ("gemma2-softcap", "cohere-scale"):
+    for name in ("gemma2-softcap", "cohere-scale", "granite-division", "phi-bias"):
         assert not notes[name]._fused
         assert "computed in full" in notes[name].notes[0]
 
@@ -99,7 +116,7 @@ def test_truncation_is_taken_off():
 
 def test_a_group_costs_its_prompt_once():
     x = build([list(range(20))] * 4, [[1, 2, 3]] * 4, [0] * 4, [])
-    assert shared_layout(x).inputs.numel() == 20 + 4 * 2, "the last token of a response predicts nothing"
+    assert packed_layout(x).inputs.numel() == 20 + 4 * 2, "the last token of a response predicts nothing"
     assert rows_layout(x).inputs.numel() == 4 * 22
 
 
