@@ -9,37 +9,37 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """`count` segments of `length` tokens each, one after the other from token `start` on."""
+    """`number` segments of `length` tokens each, one after the other from token `start` on."""
 
     start: int
-    count: int
+    number: int
     length: int
 
     @property
     def tokens(self) -> slice:
-        return slice(self.start, self.start + self.count * self.length)
+        return slice(self.start, self.start + self.number * self.length)
 
     def segments(self, x: Tensor) -> Tensor:
-        """A view of this block of (1, H, M, ...): (count, H, length, ...)."""
-        return x[0, :, self.tokens].unflatten(1, (self.count, self.length)).transpose(0, 1)
+        """A view of this block of (1, H, M, ...): (number, H, length, ...)."""
+        return x[0, :, self.tokens].unflatten(1, (self.number, self.length)).transpose(0, 1)
 
 
 def _groups(blocks: Tensor) -> list[list[Block]]:
-    """Of (S, 3) rows of whether a prompt begins here, count and length, in the order of the tokens: the blocks of each group,
+    """Of (S, 3) rows of whether a prompt begins here, number and length, in the order of the tokens: the blocks of each group,
     its prompt first."""
     groups: list[list[Block]] = []
     start = 0
-    for first, count, length in blocks.tolist():
+    for first, number, length in blocks.tolist():
         if first:
             groups.append([])
-        groups[-1].append(Block(start, count, length))
-        start += count * length
+        groups[-1].append(Block(start, number, length))
+        start += number * length
     return groups
 
 
 def naive_packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
     """The specification. query (1, H, M, dim), key and value (1, K, M, dim), blocks as in `_groups` -> (1, H, M, dim)."""
-    sizes = [[block.length for block in group for _ in range(block.count)] for group in _groups(blocks)]
+    sizes = [[block.length for block in group for _ in range(block.number)] for group in _groups(blocks)]
     group = torch.tensor([g for g, lengths in enumerate(sizes) for n in lengths for _ in range(n)])
     segment = torch.tensor([s for lengths in sizes for s, n in enumerate(lengths) for _ in range(n)])  # 0 is the prompt
     seen = (group[:, None] == group) & ((segment == 0) | (segment[:, None] == segment))
@@ -60,7 +60,8 @@ class _PackedAttention(torch.autograd.Function):
         norm = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for prompt, *responses in _groups(blocks):
             for block in (prompt, *responses):
-                own, own_norm = _flash(*(block.segments(x) for x in (query, key, value)), True, scale)
+                q, k, v = (block.segments(x) for x in (query, key, value))
+                own, own_norm = _flash(q, k, v, True, scale)
                 block.segments(out).copy_(own)
                 block.segments(norm).copy_(own_norm)
             if responses:  # merge with their attention to the prompt
