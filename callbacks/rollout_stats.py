@@ -29,7 +29,8 @@ class RolloutStats(RLCallback):
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
     - kl: of the policy from the reference, where there is one (k3, mean over tokens);
-    - mismatch/mean and /max of |trainer - sampler| log-probabilities, when both are known;
+    - mismatch/mean and /max of |trainer - sampler| log-probabilities before the policy moves, /kl of the sampler from the
+      trainer (k3) and /max_ratio of the trainer's to the sampler's probability, when the engine's are not exact;
     - seconds/generate, /score, /train (all of the step but these two), and tokens_per_second (response tokens over all of it).
     """
 
@@ -37,13 +38,14 @@ class RolloutStats(RLCallback):
         self._ratios: list[Tensor] = []
         self._clipped = self._tokens = 0
         self._divergences: list[Tensor] = []
+        self._gaps: list[Tensor] = []
         self._numbers: dict[str, float] = {}
         self._start = 0.0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._ratios, self._divergences, self._clipped, self._tokens, self._numbers = [], [], 0, 0, {}
+        self._ratios, self._divergences, self._gaps, self._clipped, self._tokens, self._numbers = [], [], [], 0, 0, {}
         self._start = time.perf_counter()
 
     def on_advantage(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
@@ -66,9 +68,6 @@ class RolloutStats(RLCallback):
             "length/max": float(lengths.max()),
             "length/truncated": float(x.truncated.float().mean()),
         }
-        if x.sampler_logps is not None and x.logps is not None and experience.logps is not experience.sampler_logps:
-            gap = (x.logps - x.sampler_logps)[x.mask].abs()
-            self._numbers |= {"mismatch/mean": float(gap.mean()), "mismatch/max": float(gap.max())}
         families: dict[str, list[float]] = defaultdict(list)
         for g, reward, valid in zip(x.group.tolist(), x.rewards.tolist(), x.valid.tolist(), strict=True):
             if valid:
@@ -82,6 +81,10 @@ class RolloutStats(RLCallback):
             self._clipped += int((terms.clipped & counted).sum())
         if terms.log_ratio is not None:
             self._ratios.append(terms.log_ratio.detach()[counted].float().exp().cpu())
+        exact = getattr(policy, "exact_sampler", False) or getattr(policy, "old_logps", "") == "sampler"
+        if experience.sampler_logps is not None and not exact:
+            old = terms.logps.detach() if experience.logps is None else experience.logps
+            self._gaps.append((old - experience.sampler_logps)[counted].float().cpu())
         if experience.ref_logps is not None:
             self._divergences.append(kl(terms.logps.detach(), experience.ref_logps, experience.mask)[counted].cpu())
 
@@ -96,6 +99,10 @@ class RolloutStats(RLCallback):
             self._numbers["clip_fraction"] = self._clipped / max(1, self._tokens)
         if self._divergences and (divergences := torch.cat(self._divergences)).numel():
             self._numbers["kl"] = float(divergences.mean())
+        if self._gaps and (gaps := torch.cat(self._gaps)).numel():
+            self._numbers |= {"mismatch/mean": float(gaps.abs().mean()), "mismatch/max": float(gaps.abs().max())}
+            self._numbers |= {"mismatch/kl": float((gaps.exp() - 1 - gaps).mean())}
+            self._numbers |= {"mismatch/max_ratio": float(gaps.max().exp())}
         seconds = time.perf_counter() - self._start
         clock = dict(getattr(pl_module, "seconds", {}))
         clock["train"] = max(0.0, seconds - sum(clock.values()))

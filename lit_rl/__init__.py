@@ -25,6 +25,7 @@ _PUBLIC = {
     "Sampling": "generation.base",
     "Completion": "generation.base",
     "Generator": "generation.base",
+    "VLLM": "generation.vllm",
     "SFT": "methods.sft",
     "GRPO": "methods.grpo",
     "DrGRPO": "methods.dr_grpo",

@@ -95,6 +95,8 @@ class Actor(Evaluated):
             from lit_rl.generation.native import NativeGenerator
 
             generator = NativeGenerator(self.eos, self.tokenizer.pad_token_id or 0, self.decode, max_rows)
+        elif hasattr(generator, "connect"):
+            generator.connect(self.tokenizer, self.eos)
         self.generator: Any = generator
         self.spare = Spare()
         self.name, self.stream = "", 0

@@ -240,18 +240,22 @@ def disabled(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-@torch.no_grad()
 def merged_state(model: Any) -> dict[str, Tensor] | None:
+    """As `plain_state`; None when the model has no adapters: its own state dict is that."""
+    return plain_state(model) if layers(model) else None
+
+
+@torch.no_grad()
+def plain_state(model: Any) -> dict[str, Tensor]:
     """The state dict of a plain model that computes the same: adapters added to their weights, 4 bits back to floats.
 
-    None when the model has no adapters: its own state dict is that.
+    Tied weights stand under each of their names. What needs no change is the model's own tensor. A sharded model that is
+    whole stays whole, which asking for its state dict would end.
     """
-    adapted = layers(model)
-    if not adapted:
-        return None
-    saved = model.state_dict().keys()  # of the buffers, only some are
+    unsaved = {f"{n}.{name}".lstrip(".") for n, m in model.named_modules() for name in m._non_persistent_buffers_set}
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    state = {_plain(name): t.detach() for name, t in tensors if name in saved and not _is_adapter(name)}
+    state = {_plain(name): t.detach() for name, t in tensors if name not in unsaved and not _is_adapter(name)}
+    adapted = layers(model)
     for name, module in model.named_modules():
         packed = None if name in adapted else getattr(getattr(module, "weight", None), "quant_state", None)
         if packed is not None:

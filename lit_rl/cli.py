@@ -29,6 +29,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 METHODS = {name: getattr(lit_rl, name) for name in methods.__all__}
 DATAMODULES = {name: getattr(lit_rl.datamodules, name) for name in lit_rl.datamodules.__all__}
+ENGINES = {name: getattr(lit_rl, name) for name in ("VLLM",)}
 CALLBACKS = {name: getattr(lit_rl.callbacks, name) for name in lit_rl.callbacks.__all__}
 RESTARTS = "SLURM_RESTART_COUNT"
 """How often SLURM has put this job back into its queue and started it again: the run then goes on."""
@@ -60,7 +61,7 @@ def explain(message: str) -> str:
     )
     lines = [line for line in message.split("\n") if line.strip() and not line.strip().startswith(noise)]
     message = "\n".join(dict.fromkeys(lines)) or message
-    classes = {**METHODS, **DATAMODULES, **CALLBACKS}
+    classes = {**METHODS, **ENGINES, **DATAMODULES, **CALLBACKS}
     options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
     for word in dict.fromkeys(w.rpartition(".")[2] for w in asked):

@@ -65,7 +65,7 @@ class Evaluated(L.LightningModule):
         for part, table in {"": self.table, **tables}.items():
             for name, value in table.scalars().items():
                 key = "/".join(filter(None, (stage, part, name)))
-                self.log(key, value, prog_bar=key.endswith(f"{stage}/pass@1"), sync_dist=self.trainer.world_size > 1)
+                self.log(key, value, prog_bar=key.endswith(f"{stage}/pass@1"), sync_dist=True)
 
     def on_predict_start(self) -> None:
         self._predictions = run.folder(self.trainer) / run.by_rank(run.PREDICTIONS, self.global_rank)

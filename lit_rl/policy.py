@@ -214,6 +214,8 @@ class Policy(InnerLoop, Actor):
         taken = self.epochs * sum(map(bool, self.planned))
         loss = self.sum_over_ranks(sum(self.losses)) / self.trainer.world_size / max(1, taken)
         self.log("loss", loss)
+        for name, value in getattr(self.generator, "numbers", {}).items():
+            self.log(name, value)
         everyone = ranks.gather(self.counts)
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")

@@ -18,7 +18,7 @@ LAUNCHER_VARIABLE = "LIT_RL_LAUNCHER"
 
 def gather(value: Any) -> list[Any]:
     """The Python objects of all ranks, in order; a list of one without distribution. All ranks must call it."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -113,6 +113,13 @@ class Rollout(Policy):
         require(
             not dynamic_sampling or group > 1, "dynamic_sampling", True, "off when group is 1: one reward never differs"
         )
+        require(
+            not self.sampling.cuts or getattr(self.generator, "keeps_mass", True),
+            "sampling",
+            self.sampling,
+            f"without top_p, top_k and min_p in training with {type(self.generator).__name__}, which does not tell how much"
+            " probability they keep: leave them at 1, 0 and 0, or leave the generator out (the native one tells)",
+        )
         self.group, self.advantage, self.aggregate = group, advantage, aggregate
         self.objective, self.ratio = objective, ratio
         self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lit_rl.commands import recipe_paths
 
 OVERLAYS = {name for name, path in recipe_paths().items() if path.read_text().startswith("# An overlay")}
 RECIPES = [[name] for name in recipe_paths() if name not in OVERLAYS] + [
-    ["grpo", name] for name in sorted(OVERLAYS - {"tiny"})
+    ["grpo", name] for name in sorted(OVERLAYS - {"tiny", *(["vllm"] if find_spec("vllm") is None else [])})
 ]
 
 

@@ -36,6 +36,11 @@ class Sampling:
         require(self.top_k >= 0, "sampling.top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 and below 1")
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
 
 @dataclass
 class Completion:
@@ -65,6 +70,8 @@ class Generator(Protocol):
 
     exact: bool
     """Whether its log-probabilities are those of the training forward in float32, up to rounding."""
+    keeps_mass: bool = True
+    """Whether it knows `log_kept` where top-p, top-k or min-p cut."""
 
     def sync(self, model: nn.Module) -> None:
         """Take over the current weights of the trained model."""

@@ -40,7 +40,7 @@ class NativeGenerator:
     share: let the rows of a prompt share its keys and values where the model allows, see `Rows`.
     """
 
-    exact = True
+    exact = keeps_mass = True
 
     def __init__(
         self,
