@@ -4,7 +4,9 @@ from .completions import Completions
 from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
 from .entropy_law import EntropyLaw
+from .garble import GarbleFilter
 from .off_policy import OffPolicyMixing
+from .reference import ReferenceRefresh
 from .rollout_stats import RolloutStats
 from .voting import MajorityVote
 
@@ -13,8 +15,10 @@ __all__ = [
     "Completions",
     "EntropyLaw",
     "EntropyMonitor",
+    "GarbleFilter",
     "KLCov",
     "MajorityVote",
     "OffPolicyMixing",
+    "ReferenceRefresh",
     "RolloutStats",
 ]

@@ -64,7 +64,11 @@ class ResumableLoader(DataLoader[Task]):
         for i, indices in enumerate(self.batch_sampler):  # type: ignore[arg-type]
             if i >= skip:
                 self._done = i + 1
-                tasks = [t for t in self.spare("task", self.dataset.__getitem__, indices) if t is not None]
+                made = self.spare("task", self.dataset.__getitem__, indices)
+                for index, task in zip(indices, made, strict=True):
+                    if isinstance(task, Task):
+                        task.index = index
+                tasks = [t for t in made if t is not None]
                 self.left_out = len(indices) - len(tasks)
                 yield tasks
 

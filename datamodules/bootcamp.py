@@ -160,6 +160,11 @@ class _Split:
         level = data.current[member.name] if data.adaptive else data.low + int(chance[1] * levels)
         return draw(member, "train", level, number).task(data.hint)
 
+    def again(self, index: int, id: str) -> Task:
+        """Training item `index` at the level that its `id` says, whatever the present one is."""
+        name, _, _, level, number = id.rsplit("/", 4)
+        return draw(family(name), "train", int(level), int(number)).task(self.data.hint)
+
 
 def _resolve(names: list[str] | dict[str, float]) -> dict[Family, float]:
     weights = names if isinstance(names, dict) else dict.fromkeys(names or families(), 1.0)

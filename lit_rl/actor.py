@@ -159,11 +159,15 @@ class Actor(Evaluated):
         """Samples `samples` responses to each task."""
         sampling = sampling or self.sampling
         tasks, prompts = self.encode(tasks, sampling.max_new_tokens)
+        return tasks, prompts, self.generate(sampling, prompts, self.seeds(tasks, samples, purpose))
+
+    def generate(self, sampling: Sampling, prompts: list[list[int]], *rows: Any) -> list[list[Completion]]:
+        """What the engine samples with the present weights; `rows` are its seeds, and what has `begun`."""
         with self.clock("generate"), self.precision():
             self.generator.sync(self.model)
-            completions = self.generator.generate(prompts, self.seeds(tasks, samples, purpose), sampling)
+            completions: list[list[Completion]] = self.generator.generate(prompts, rows[0], sampling, *rows[1:])
         self.sampled_tokens += sum(len(c.tokens) for group in completions for c in group)
-        return tasks, prompts, completions
+        return completions
 
     def score(self, tasks: list[Task], texts: list[str]) -> list[Verdict]:
         """The verdict on each text, a response to the task at its place; a task without a scorer is an error."""
@@ -270,9 +274,7 @@ class Actor(Evaluated):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {
             "model": models.checkpoint_state(self.model, self.tokenizer),
-            "ranks": ranks.gather(
-                {"generator": self.generator.state_dict()} | resume.rank_state(self.trainer, checkpoint)
-            ),
+            "ranks": ranks.gather(self.rank_state() | resume.rank_state(self.trainer, checkpoint)),
             "adapters": self.adapters,
         }
         if self.adapters:
@@ -284,8 +286,15 @@ class Actor(Evaluated):
         if self._trainer is None:  # load_from_checkpoint: the weights alone
             return
         if state := resume.of_this_rank(self.trainer, saved.get("ranks", [])):
-            self.generator.load_state_dict(state["generator"])
+            self.load_rank_state(state)
             checkpoint.update(resume.rank_state(self.trainer, state))
+
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank carries from step to step, as plain data."""
+        return {"generator": self.generator.state_dict()}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a Hugging Face folder that transformers and vLLM load; adapters are merged, and also in "adapter" inside.

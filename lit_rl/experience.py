@@ -83,11 +83,11 @@ class Experience:
         return dataclasses.replace(self, **cut, extra=extra, **lists)
 
     def groups(self, index: Sequence[int]) -> Experience:
-        """The groups at these ascending indices, renumbered from zero, with their tasks."""
-        wanted = torch.tensor(list(index), dtype=torch.long)
-        part = self.rows(torch.isin(self.group, wanted))
-        part.group = torch.searchsorted(wanted, part.group)
-        part.tasks = [self.tasks[g] for g in wanted.tolist()]
+        """The groups at these indices, in this order, renumbered from zero, with their tasks."""
+        rows = [(self.group == g).nonzero().flatten() for g in index]
+        part = self.rows(torch.cat(rows) if rows else [])
+        part.group = torch.arange(len(rows)).repeat_interleave(torch.tensor([*map(len, rows)], dtype=torch.long))
+        part.tasks = [self.tasks[g] for g in index]
         return part
 
     def first(self, n: int, among: Tensor | None = None) -> Tensor:

@@ -83,8 +83,9 @@ class Policy(InnerLoop, Actor):
         """This step's minibatches of slices."""
         self.losses: list[float] = []
         """Of the slices so far in this step."""
-        self._places: dict[int, tuple[int, int]] = {}
-        """Where each task stands in the batch, by its id: the round in which it was asked for, and its position there."""
+        self._places: dict[int, tuple[int, ...]] = {}
+        """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
+        there."""
 
     def collect(self, tasks: list[Task]) -> Experience:
         """The experience of one batch of tasks, with advantages (if the method has any) but without weights."""
@@ -117,9 +118,9 @@ class Policy(InnerLoop, Actor):
         x.off_policy = torch.ones(len(x), dtype=torch.bool)
         return x
 
-    def respond(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self.stopping.at_once():
-            return super().respond(*args, **kwargs)
+            return super().generate(*args, **kwargs)
 
     def score(self, tasks: list[Task], texts: list[str]) -> list[Verdict]:
         with self.stopping.at_once():
@@ -130,7 +131,7 @@ class Policy(InnerLoop, Actor):
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
         if left_out := getattr(self.trainer.train_dataloader, "left_out", 0):
             self.count("skipped/task_failed", left_out)
-        self._places = {id(task): (0, i) for i, task in enumerate(batch)}
+        self._places = {id(task): (self.trainer.global_step, 0, i) for i, task in enumerate(batch)}
         self.losses = []
 
     def prepare(self, batch: list[Task]) -> None:

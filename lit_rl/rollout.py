@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from hashlib import blake2b
+from inspect import signature
 from random import Random
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ from lit_rl import adapters, hooks, objectives, sharding
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
+from lit_rl.chunked import Chunks, lag
 from lit_rl.experience import Experience, Terms, build, concat
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion
@@ -57,7 +59,11 @@ class Rollout(Policy):
             `overlong_factor` (DAPO eq. 13); 0 is off.
         overlong_factor: The penalty of the longest response.
         dynamic_sampling: Replace groups whose rewards are all equal by groups of further prompts, until the batch is full.
-        max_rounds: How often dynamic sampling may ask for prompts, in all.
+        max_rounds: How often dynamic sampling, or a batch that waits for its chunks, may ask for prompts, in all.
+        chunk: Chunk-wise rollout (MiniCPM4, arXiv 2506.07900, Algorithm 1): a round samples at most so many tokens of each
+            response. What is unfinished goes on in later rounds and steps, with the weights of then; a token's ratio is
+            taken against the weights that sampled it. Groups train when all their responses are finished, the oldest
+            first, as many as the batch has tasks; further prompts are begun while there are fewer. None is off.
     """
 
     refused: ClassVar[dict[type[L.Callback], str]] = Policy.refused | {
@@ -90,6 +96,7 @@ class Rollout(Policy):
         overlong_factor: float = 1.0,
         dynamic_sampling: bool = False,
         max_rounds: int = 10,
+        chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -120,6 +127,19 @@ class Rollout(Policy):
             f"without top_p, top_k and min_p in training with {type(self.generator).__name__}, which does not tell how much"
             " probability they keep: leave them at 1, 0 and 0, or leave the generator out (the native one tells)",
         )
+        longest = self.sampling.max_new_tokens
+        require(
+            chunk is None or chunk >= longest or (chunk >= 1 and longest % chunk == 0),
+            "chunk",
+            chunk,
+            f"a divisor of sampling.max_new_tokens ({longest}), or that or more, which is one chunk; null is off",
+        )
+        require(
+            chunk is None or "begun" in signature(self.generator.generate).parameters,
+            "chunk",
+            chunk,
+            f"null with {type(self.generator).__name__}: its `generate` takes no `begun` responses",
+        )
         self.group, self.advantage, self.aggregate = group, advantage, aggregate
         self.objective, self.ratio = objective, ratio
         self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap
@@ -128,6 +148,7 @@ class Rollout(Policy):
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
+        self.chunks = None if chunk is None else Chunks(min(chunk, longest), longest, self.decode)
         self._rewards = (0.0, 0)
         self.reference: nn.Module | None = None
         self.reference_terms = self.token_terms  # the policy without its adapters, which are zero at first
@@ -138,7 +159,10 @@ class Rollout(Policy):
     # ---------------------------------------------------------------- tasks to experience
 
     def collect(self, tasks: list[Task]) -> Experience:
-        return self.finish(self.sample(tasks))
+        x = self.finish(self.sample(tasks))
+        if self.chunks is not None:
+            self.chunks.end_step(self, x)
+        return x
 
     def finish(self, x: Experience) -> Experience:
         """From rewards to advantages; `on_advantage` has seen the result."""
@@ -151,10 +175,15 @@ class Rollout(Policy):
             x.rewards += objectives.overlong_penalty(
                 x.response_lengths, limit, round(self.overlong_buffer * limit), self.overlong_factor
             )
-        if self.old_logps == "sampler" or (self.old_logps == "auto" and self.exact_sampler):
+        if self.takes_sampler_logps:
             x.logps = x.sampler_logps
-        elif self.old_logps == "recompute" or self.epochs * self.minibatches > 1 or self.kl_in_reward:
-            x.logps = self.logps_of(self.token_terms, x)  # else the loss takes its own, detached: the same numbers
+        else:
+            stale, known = lag(x, self.trainer.global_step) > 0, x.logps
+            several = self.epochs * self.minibatches > 1 or bool(stale.any())
+            x.logps = None  # the loss takes its own, detached: the same numbers
+            if self.old_logps == "recompute" or several or self.kl_in_reward:
+                now = self.logps_of(self.token_terms, x)
+                x.logps = now if known is None else torch.where(stale, known, now)
         if self.kl_coef:
             with nullcontext() if self.reference is not None else adapters.disabled(self.model):
                 x.ref_logps = self.logps_of(self.reference_terms, x)
@@ -173,31 +202,46 @@ class Rollout(Policy):
         if count:
             main["reward"] = total / count
             self.log("reward", main["reward"], prog_bar=True)
+        for name, value in self.chunks.measures().items() if self.chunks is not None else ():
+            self.log(f"chunked/{name}", value)
         return main
 
     def sample(self, tasks: list[Task]) -> Experience:
-        """One round of rollouts, or as many as dynamic sampling needs to fill the batch with groups that differ in reward.
+        """One round of rollouts, or as many as are needed to fill the batch: with groups that differ in reward (dynamic
+        sampling), or whose responses are all finished (chunks).
 
         The batch is that of all ranks, and holds the first such groups, on whatever rank they are: as one process would.
-        Fewer than a full batch after `max_rounds` is counted, and trained on. When there is none at all, training stops
-        if every response was right, which is to say rewarded with 1 (there is nothing left to learn), and RuntimeError is
-        raised otherwise.
+        Fewer than a full batch after `max_rounds` is counted, and trained on. When dynamic sampling has found none at all
+        in a batch's number of responses, training stops if every response was right, which is to say rewarded with 1 (there
+        is nothing left to learn), and RuntimeError is raised otherwise.
         """
-        if not self.dynamic_sampling:
+        chunks = self.chunks
+        if not self.dynamic_sampling and chunks is None:
             return self.round(tasks)
-        x, found, rounds, tried, right = build([], [], [], []), 0, 0, 0, 0
-        wanted = int(self.sum_over_ranks(len(tasks)))
+        x, rounds, tried, right = build([], [], [], []), 0, 0, 0
+        if chunks is not None:
+            x = chunks.begin_step(self)
+        wanted, found = (int(self.sum_over_ranks(n)) for n in (len(tasks), len(x.tasks)))
         while found < wanted and rounds < self.max_rounds:
-            drawn = self.round(self.more_tasks(len(tasks), rounds) if rounds else tasks)
-            x = concat(x, self.informative(drawn))
+            missing = wanted if chunks is None else wanted - found
+            drawn = self.round(self.more_tasks(missing, rounds) if rounds else tasks)
+            new = self.informative(drawn) if self.dynamic_sampling else drawn
+            if chunks is not None:
+                chunks.passed(new)
+            x = concat(x, new)
             rounds, found = rounds + 1, int(self.sum_over_ranks(len(x.tasks)))
             tried += len(drawn)
             right += int((drawn.rewards >= 1).sum())
+        if chunks is not None and not rounds:  # there is a batch without them, and they wait
+            chunks.enter(self, tasks)
+        name = "dynamic_sampling" if self.dynamic_sampling else "chunked"
         if self.trainer.is_global_zero:
-            self.count("dynamic_sampling/rounds", rounds)
-            self.count("dynamic_sampling/missing", max(0, wanted - found))
-        if not found:
+            self.count(f"{name}/rounds", rounds)
+            self.count(f"{name}/missing", max(0, wanted - found))
+        if self.dynamic_sampling and not found:
             tried, right = int(self.sum_over_ranks(tried)), int(self.sum_over_ranks(right))
+            if chunks is not None and tried < wanted * self.group:
+                return x  # too few are finished to judge by
             if tried and right == tried:
                 rank_zero_warn(
                     f"all of {tried} responses were right: there is nothing left to learn, and training stops"
@@ -209,14 +253,20 @@ class Rollout(Policy):
                     f" ({rounds} rounds of {len(tasks)} prompts): the tasks are too hard or too easy for the policy. Change"
                     " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
                 )
-        return x.groups(range(self.owners(x)[:wanted].count(self.global_rank)))
+        if chunks is not None:  # a batch takes the oldest
+            x = x.groups(sorted(range(len(x.tasks)), key=lambda g: self._places[id(x.tasks[g])]))
+        mine = self.owners(x)[:wanted].count(self.global_rank)
+        if chunks is not None:
+            chunks.keep(x.groups(range(mine, len(x.tasks))), self._places)
+        return x.groups(range(mine))
 
     def round(self, tasks: list[Task]) -> Experience:
         """Generates and scores; `on_rollout` has seen the result."""
         return self.rewarded(self.scored(*self.draw(tasks)))
 
     def draw(self, tasks: list[Task]) -> Responses:
-        return self.respond(tasks, self.group, "train")
+        """Responses to these tasks; in chunks, to all whose last response the next chunk finishes."""
+        return self.respond(tasks, self.group, "train") if self.chunks is None else self.chunks.draw(self, tasks)
 
     def scored(self, tasks: list[Task], prompts: list[list[int]], completions: list[list[Completion]]) -> Experience:
         """What `draw` returns, as rows with the verifier's verdicts, and with their scores for rewards."""
@@ -238,6 +288,8 @@ class Rollout(Policy):
             x.sampler_logps = torch.zeros(x.tokens.shape).masked_scatter(x.mask, torch.cat([c.logps for c in flat]))
             kept = torch.cat([c.log_kept for c in flat])
             x.log_kept = torch.zeros(x.tokens.shape).masked_scatter(x.mask, kept) if kept.any() else None
+        if self.chunks is not None and flat:
+            self.chunks.annotate(x, flat)
         return x
 
     def rewarded(self, x: Experience) -> Experience:
@@ -252,24 +304,47 @@ class Rollout(Policy):
             return x
         return x.groups([g for g in range(len(x.tasks)) if len(x.rewards[(x.group == g) & x.valid].unique()) > 1])
 
-    def more_tasks(self, n: int, round_: int) -> list[Task]:
-        """n further training tasks, a function of (seed, step, round, rank): nothing to remember for a resume. Those of
-        different ranks differ as long as there are enough."""
-        loader: Any = self.trainer.train_dataloader
-        data: Any = getattr(loader, "dataset", None)
+    @property
+    def training_data(self) -> Any:
+        """The data set of the training loader."""
+        data: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise TypeError(
-                "dynamic sampling draws further prompts from the training loader's dataset: it needs one with a length and"
-                f" indices, not {type(data).__name__}"
+                "dynamic sampling and chunks draw further prompts from the training loader's dataset: they need one with a"
+                f" length and indices, not {type(data).__name__}"
             )
+        return data
+
+    def more_tasks(self, n: int, round_: int) -> list[Task]:
+        """This rank's part of n further training tasks, a function of (seed, step, round, rank): nothing to remember for a
+        resume. Those of different ranks differ as long as there are enough."""
+        data = self.training_data
         key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}"
         rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
-        drawn = rng.sample(range(len(data)), min(n * self.trainer.world_size, len(data)))
+        drawn = rng.sample(range(len(data)), min(n, len(data)))
         mine = drawn[self.global_rank :: self.trainer.world_size]
-        tasks = [task for task in self.spare("task", data.__getitem__, mine) if task is not None]
+        tasks = []
+        for index, task in zip(mine, self.spare("task", data.__getitem__, mine), strict=True):
+            if task is not None:
+                task.index = index
+                tasks.append(task)
         self.count("skipped/task_failed", len(mine) - len(tasks))
-        self._places |= {id(task): (round_, i) for i, task in enumerate(tasks)}
+        self._places |= {id(task): (self.trainer.global_step, round_, i) for i, task in enumerate(tasks)}
         return tasks
+
+    @property
+    def takes_sampler_logps(self) -> bool:
+        """Whether the ratio is taken against the sampler's own log-probabilities."""
+        return self.old_logps == "sampler" or (self.old_logps == "auto" and self.exact_sampler)
+
+    def rank_state(self) -> dict[str, Any]:
+        chunks = {} if self.chunks is None else {"chunks": self.chunks.state_dict(self.trainer.global_step)}
+        return super().rank_state() | chunks
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        super().load_rank_state(state)
+        if self.chunks is not None and "chunks" in state:
+            self.chunks.load_state_dict(state["chunks"])
 
     @property
     def exact_sampler(self) -> bool:

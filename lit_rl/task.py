@@ -79,6 +79,8 @@ class Task:
     id: str = ""
     """Names the task in logs and seeds its sampling; the prompt itself when empty."""
     meta: dict[str, Any] = field(default_factory=dict)
+    index: int | None = None
+    """Its place in the training data, by which a resumed run makes it again; loaders set it."""
 
     def text(self) -> str:
         """The prompt as plain text, for logs."""

@@ -103,14 +103,15 @@ def test_a_batch_gathers_each_sharded_model_once(case, two):
 
 
 @pytest.mark.parametrize("strategy", worker.STRATEGIES)
-@pytest.mark.parametrize("case", ["resume", "resume adapters"])
+@pytest.mark.parametrize("case", ["resume", "resume chunks", "resume adapters"])
 def test_resume_is_exact_on_each_rank(case, strategy, two):
     for rank, result in enumerate(two(case, strategy)):
         for name, (straight, resumed) in result.items():
             assert torch.equal(straight["weights"], resumed["weights"]), name
             assert straight["own"]["tasks"] == resumed["own"]["tasks"], "the callback's state and the place in the data"
             assert straight["own"]["tokens"] == resumed["own"]["tokens"], "the engine's state"
-            assert {int(task) % 2 for task in resumed["own"]["tasks"]} == {rank}
+            if case != "resume chunks":  # whose further prompts are any rank's
+                assert {int(task) % 2 for task in resumed["own"]["tasks"]} == {rank}
 
 
 @pytest.mark.parametrize(("case", "strategy"), [("resume", "ddp"), ("resume", "fsdp2"), ("resume adapters", "fsdp2")])

@@ -53,7 +53,12 @@ class Easy(Bootcamp):
             __len__ = inner.__len__
 
             def __getitem__(self, i):
-                task = inner[i]
+                return self.eased(inner[i])
+
+            def again(self, i, id):
+                return self.eased(inner.again(i, id))
+
+            def eased(self, task):
                 task.score = judge
                 task.responses, task.rewards = [task.responses[0][-30:], "no"], [1.0, 0.0]
                 return task
@@ -81,7 +86,7 @@ def policy(method, seed=0, **settings):
     fixed = dict(tokenizer=TOKENIZER, lr=3e-3, sampling=Sampling(max_new_tokens=5), scoring=Scorer("inline"))
     for wanted in (dict(group=4, dynamic_sampling=True), dict(group=4), dict()):
         try:
-            return method(model, **fixed, **wanted, **settings)
+            return method(model, **{**fixed, **wanted, **settings})
         except (TypeError, ValueError):
             continue
     raise AssertionError(f"{method.__name__} cannot be built")
@@ -215,6 +220,28 @@ def test_every_method_resumes_at_every_step(name, adaptive):
     for (step, _), file in saves.files.items():
         if step < STEPS:
             assert same(resumed(METHODS[name], file, inner, adaptive=adaptive), straight)
+
+
+CHUNKS = {
+    "the sampler's log-probabilities": dict(),
+    "recomputed ones, two minibatches": dict(old_logps="recompute", minibatches=2),
+    "without dynamic sampling": dict(dynamic_sampling=False),
+}
+
+
+@pytest.mark.parametrize("how", CHUNKS)
+def test_unfinished_responses_are_in_the_checkpoint(how):
+    settings = dict(chunk=1, sampling=Sampling(max_new_tokens=6, stop=list("aeiouAEIOU .,"))) | CHUNKS[how]
+    saves = Saves({"batch_start", "batch_end"})
+    straight = fit(policy(GRPO, **settings), "straight", callbacks=[saves])
+    rows = [json.loads(line) for line in straight["metrics"].split("\n")]
+    assert min(row["chunked/pending_tokens"] for row in rows if "chunked/versions" in row) > 0
+    assert max(row.get("chunked/ready_tokens", 0) for row in rows) > 0, "the test is too easy"
+    assert max(row.get("chunked/versions", 0) for row in rows) > 1.5, "the test is too easy"
+    assert any(level > 0 for level in straight["data"]["current"].values()), "the test is too easy"
+    for (step, _), file in saves.files.items():
+        if step < STEPS:
+            assert same(resumed(GRPO, file, settings), straight), file
 
 
 MOMENTS = {

@@ -147,8 +147,8 @@ class Counting(NativeGenerator):
 
     tokens = 0
 
-    def generate(self, *args):
-        result = super().generate(*args)
+    def generate(self, prompts, seeds, sampling, begun=None):
+        result = super().generate(prompts, seeds, sampling, begun)
         self.tokens += sum(len(c.tokens) for group in result for c in group)
         return result
 
@@ -230,6 +230,12 @@ EQUAL |= {
     ),
     "uneven minibatches": case(data={"long": (3, 5)}, settings={"minibatches": 2, "old_logps": "recompute"}),
     "further rounds": case(method="DAPO", data={"dull": (0, 1, 3, 4, 5, 7)}, settings={"minibatches": 2}),
+    "chunks": case(
+        method="DAPO",
+        data={"dull": (0, 1, 3)},
+        settings={"chunk": 2, "old_logps": "recompute", "max_rounds": 3},
+        max_steps=4,
+    ),
     "equal prompts": case(method="DAPO", data=Same, settings={"group": 4}),
     "ClipCov": case(settings={"epochs": 2}, callbacks=[lambda: ClipCov(0.1, low=0.1, high=1.5)]),
     "KLCov": case(settings={"epochs": 2}, callbacks=[lambda: KLCov(0.2)]),
@@ -296,6 +302,7 @@ def tried(case):
 
 OTHERS = {
     "resume": resume,
+    "resume chunks": partial(resume, name="chunks", chunk=2),
     "resume adapters": partial(resume, name="adapters", lora=LoRA(rank=4)),
     "evaluate": evaluate,
 }

@@ -74,6 +74,9 @@ class RLCCF(Group):
         for member in made:
             limit = "false: all members answer the same prompts"
             require(not member.dynamic_sampling, "dynamic_sampling", True, limit)
+            require(
+                member.chunks is None, "chunk", kwargs.get("chunk", "set"), "null: all members answer at the same time"
+            )
         super().__init__(made, devices)
         self.self_consistency, self.agreement = self_consistency, Evaluation()
         if all(isinstance(x, str) for x in given):

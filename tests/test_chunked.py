@@ -1,0 +1,292 @@
+"""Chunk-wise rollouts: the tokens are those of whole rollouts, the ratios are against the weights that sampled them, and no
+token is lost."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_policy import Gradients, Letters, trainer, weights
+from test_resume import TOKENIZER, equal
+
+from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, jsonl
+from lit_rl.callbacks import GarbleFilter, ReferenceRefresh
+from lit_rl.cli import METHODS
+from lit_rl.generation.native import NativeGenerator
+from lit_rl.rollout import Rollout
+from lit_rl.run import RunLogger
+from lit_rl.scoring import Scorer
+
+ROLLOUTS = {name: method for name, method in METHODS.items() if issubclass(method, Rollout)}
+SAMPLING = Sampling(max_new_tokens=12, stop=list("aeiouAEIOU .,"))
+"""Responses of 1 to 12 tokens."""
+
+
+class Engine(NativeGenerator):
+    """Counts tokens and forward passes."""
+
+    tokens = steps = 0
+
+    def generate(self, prompts, seeds, sampling, begun=None):
+        out = super().generate(prompts, seeds, sampling, begun)
+        lengths = [len(c.tokens) for row in out for c in row]
+        self.tokens, self.steps = self.tokens + sum(lengths), self.steps + max(lengths, default=0)
+        return out
+
+
+class Watch(RLCallback):
+    """All that the steps have trained on, with the weights of each."""
+
+    def __init__(self):
+        self.batches, self.models, self.ratios, self.finished, self.trained = [], [], [], [], []
+
+    def on_train_batch_start(self, trainer, module, *args):
+        self.models.append(copy.deepcopy(module.model))
+
+    def on_rollout(self, trainer, module, x):
+        self.finished += [
+            (module._places[id(x.tasks[g])], x.tasks[g].prompt, row % 4, text)
+            for row, (g, text) in enumerate(zip(x.group.tolist(), x.texts, strict=True))
+        ]
+
+    def on_advantage(self, trainer, module, x):
+        self.batches.append(copy.deepcopy(x))
+        self.trained += [module._places[id(task)] for task in x.tasks]
+
+    def on_loss(self, trainer, module, x, terms):
+        ratio = terms.log_ratio.exp()[x.mask]
+        self.ratios.append(
+            (ratio, (trainer.global_step - x.extra["version"])[x.mask] if "version" in x.extra else None)
+        )
+
+
+def policy(method=GRPO, **settings):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(TOKENIZER),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.06,
+            eos_token_id=TOKENIZER.eos_token_id,
+            pad_token_id=TOKENIZER.pad_token_id,
+        )
+    )
+    decode = partial(TOKENIZER.decode, skip_special_tokens=True)
+    engine = Engine([TOKENIZER.eos_token_id], TOKENIZER.pad_token_id, decode)
+    fixed = {"tokenizer": TOKENIZER, "group": 4, "lr": 1e-2, "sampling": SAMPLING, "scoring": Scorer("inline")}
+    return method(model, **{**fixed, "generator": engine, "dynamic_sampling": False, **settings})
+
+
+def fit(module, steps=6, data=None, **settings):
+    watch = Watch()
+    trainer(max_steps=steps, callbacks=[watch, *settings.pop("callbacks", ())], **settings).fit(
+        module, data or Letters()
+    )
+    return watch
+
+
+@pytest.mark.parametrize("settings", [{}, dict(epochs=2, minibatches=2, old_logps="recompute")], ids=["1x1", "2x2"])
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_one_chunk_is_a_plain_rollout(name, settings):
+    runs = []
+    for chunk in (None, 12, 10**6):
+        module, seen = policy(ROLLOUTS[name], chunk=chunk, **settings), Gradients()
+        fit(module, steps=3, callbacks=[seen], gradient_clip_val=1.0)
+        runs.append([seen.seen, weights(module)])
+    assert runs[0][0][0].norm() > 0
+    assert equal(runs[1][0], runs[0][0])
+    assert equal(runs[2], runs[1])
+    assert equal(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 6])
+def test_of_weights_that_stay_the_tokens_are_those_of_whole_rollouts(chunk):
+    """Whatever the chunk: a response depends on the step in which it was begun, its prompt and its number."""
+
+    def texts(module):
+        """Of tasks that came in a batch, not in a further round."""
+        finished = fit(module, steps=8).finished
+        return {(step, prompt, i): text for (step, round_, _), prompt, i, text in finished if not round_}
+
+    whole, parts = texts(policy(lr=0.0)), texts(policy(lr=0.0, chunk=chunk))
+    common = whole.keys() & parts.keys()
+    assert len(whole) == 8 * 16
+    assert len(common) >= 40
+    assert all(parts[key] == whole[key] for key in common)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(old_logps="recompute"), dict(precision="bf16-mixed")], ids=str)
+@pytest.mark.parametrize("cut", [dict(), dict(top_p=0.9, temperature=0.8)], ids=str)
+def test_a_ratio_is_taken_against_the_weights_that_sampled_the_token(how, cut):
+    """Whose log-probabilities are computed here by the model's plain forward, from the weights of each step."""
+    how = dict(how)
+    precision = how.pop("precision", "32-true")
+    module = policy(chunk=3, sampling=replace(SAMPLING, **cut), **how)
+    watch = fit(module, precision=precision)
+    worst, ages = 0.0, Counter()
+    for step, x in enumerate(watch.batches):
+        if x.logps is None:  # the loss takes its own
+            assert (x.extra["version"][x.mask] == step).all()
+            continue
+        for row in range(len(x)):
+            start, end = int(x.starts[row]), int(x.lengths[row])
+            for version in x.extra["version"][row, start:end].unique().tolist():
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+                    logits = watch.models[version](x.tokens[row : row + 1, :end]).logits[0, start - 1 : -1].float()
+                logps = (logits / module.temperature).log_softmax(-1)
+                want = logps.gather(1, x.tokens[row, start:end, None])[:, 0]
+                want = want if x.log_kept is None else want - x.log_kept[row, start:end]
+                mine = x.extra["version"][row, start:end] == version
+                worst = max(worst, float((x.logps[row, start:end] - want)[mine].abs().max()))
+                ages[step - version] += int(mine.sum())
+    assert sum(n for age, n in ages.items() if age > 0) > 100, "the test is too easy"
+    assert worst < (1e-4 if precision == "32-true" else 0.2)
+    old = torch.cat([ratio[age > 0] for ratio, age in watch.ratios])
+    new = torch.cat([ratio[age == 0] for ratio, age in watch.ratios])
+    assert (new - 1).abs().max() < (1e-4 if precision == "32-true" else 0.2)
+    assert (old - 1).abs().mean() > 10 * (new - 1).abs().mean()
+
+
+def test_of_weights_that_stay_all_ratios_are_one():
+    for old_logps in ("sampler", "recompute"):
+        watch = fit(policy(lr=0.0, chunk=2, old_logps=old_logps))
+        ratios, ages = (torch.cat(column) for column in zip(*watch.ratios, strict=True))
+        assert (ages > 0).sum() > 100
+        assert (ratios - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(method=DAPO, dynamic_sampling=True, group=2), dict(mask_truncated=True)], ids=str
+)
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_no_token_is_lost(chunk, settings):
+    settings = dict(settings)
+    module = policy(settings.pop("method", GRPO), chunk=chunk, **settings)
+    watch = fit(module, steps=8, data=Letters(batch_size=3), logger=RunLogger("r"), log_every_n_steps=1)
+    rows = [row for row in jsonl.read(Path("r/metrics.jsonl")) if "loss" in row]
+    assert len(rows) == 8
+    sums = Counter()
+    for row in rows:
+        for name in ("generated", "trained", "filtered"):
+            sums[name] += row[f"chunked/{name}_tokens"]
+        held = row["chunked/pending_tokens"] + row["chunked/ready_tokens"]
+        assert sums["generated"] == sums["trained"] + sums["filtered"] + held
+    assert sums["generated"] == module.generator.tokens
+    assert sums["trained"] == sum(
+        int(x.mask[~x.truncated if module.mask_truncated else slice(None)].sum()) for x in watch.batches
+    )
+    assert (sums["filtered"] > 0) == bool(settings)
+    assert (max(row["chunked/pending_tokens"] for row in rows) > 0) == (chunk < 12)
+    assert (rows[-1]["chunked/versions"] > 1) == (chunk < 12)
+    for x in watch.batches:
+        assert all(count == module.group for count in x.group.bincount().tolist()), "a group trains when it is whole"
+        assert len(x.tasks) == 3
+    assert len(watch.trained) == len(set(watch.trained)), "nothing is trained on twice"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(chunk=5), r"chunk is 5: it must be a divisor of sampling.max_new_tokens \(12\), or that or more"),
+        (dict(chunk=0), "chunk is 0"),
+        (dict(chunk=4, method=RLCCF), "chunk is 4: it must be null: all members answer at the same time"),
+    ],
+)
+def test_bad_settings(settings, message):
+    method = settings.pop("method", GRPO)
+    with pytest.raises(ValueError, match=message):
+        method("tiny", sampling=SAMPLING, **settings)
+
+
+PROSE = """The stage is divided into chunks of tokens, and what has not ended by then waits. Each part is weighed against the
+policy that wrote it, so nothing about an old part is taken for new. Long answers thus cost several short rounds, while short
+ones are learned from at once; a buffer between the two holds what is ready before its batch has room for it."""
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("", []),
+        ("7", []),
+        (PROSE, []),
+        ("\n".join(f"{i} + {i * 7 % 13} = {i + i * 7 % 13}" for i in range(40)), []),
+        ("Wait, let me check that again. " * 60, ["compressible", "repeated", "uniform"]),
+        ("so " * 200, ["compressible", "repeated", "uniform"]),
+        (
+            PROSE
+            + "no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no no " * 8,
+            ["repeated"],
+        ),
+        ("�" * 9, ["unreadable"]),
+        (PROSE.replace("e", "\x00").replace("t", "\x1b"), ["unreadable"]),
+    ],
+)
+def test_what_is_garbled(text, rules):
+    assert set(rules) <= set(GarbleFilter().rules(text))
+    assert bool(rules) == bool(GarbleFilter().rules(text))
+
+
+def test_garbled_responses_give_no_gradient_and_count_in_their_group():
+    """As if their tokens' advantages were zero, and the mean over tokens without them."""
+
+    class Zero(RLCallback):
+        def on_advantage(self, trainer, module, x):
+            bad = torch.tensor(["e" in text for text in x.texts])
+            assert 0 < bad.sum() < len(bad)
+            x.mask = x.mask & ~bad[:, None]
+
+    class Letter(GarbleFilter):
+        def rules(self, text):
+            return ["repeated"] if "e" in text else []
+
+    seen, modules = [], []
+    for callback in (Letter(), Zero()):
+        gradients, module = Gradients(), policy(aggregate="token", group=8)
+        fit(module, steps=1, callbacks=[callback, gradients])
+        seen.append(gradients.seen)
+        modules.append(module)
+    assert equal(*seen)
+    assert seen[0][0].norm() > 0
+    assert modules[0].counts["skipped/garbled"] == modules[0].counts["garbled/repeated"] > 0
+
+
+def test_the_reference_is_refreshed_and_resumes():
+    class References(RLCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_advantage(self, trainer, module, x):
+            self.seen.append([weights(module).clone(), torch.cat([p.flatten() for p in module.reference.parameters()])])
+
+    seen, saver = References(), ModelCheckpoint("c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = dict(kl_coef=0.1, chunk=4)
+    fit(policy(**settings), callbacks=[ReferenceRefresh(2), seen, saver], enable_checkpointing=True)
+    at = [0, 0, 2, 2, 4, 4]  # the step whose weights are the reference
+    for step, (_, reference) in enumerate(seen.seen):
+        assert torch.equal(reference, seen.seen[at[step]][0]), step
+    assert not torch.equal(seen.seen[0][0], seen.seen[2][0])
+    for start in (2, 3):
+        again, module = References(), policy(**settings)
+        run = trainer(max_steps=6, callbacks=[ReferenceRefresh(2), again])
+        run.fit(module, Letters(), ckpt_path=f"c/step={start}.ckpt")
+        assert equal(again.seen, seen.seen[start:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kl_coef=0.0), "kl_coef is 0"),
+        (dict(kl_coef=0.1, lora=LoRA(rank=2)), "with adapters it is the frozen base model"),
+    ],
+)
+def test_without_a_reference_there_is_nothing_to_refresh(settings, message):
+    with pytest.raises(ValueError, match=f"no reference to refresh: {message}"):
+        fit(policy(**settings), callbacks=[ReferenceRefresh(2)])
