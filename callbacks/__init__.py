@@ -8,6 +8,7 @@ from .garble import GarbleFilter
 from .off_policy import OffPolicyMixing
 from .reference import ReferenceRefresh
 from .rollout_stats import RolloutStats
+from .sparse_attention import SparseAttention
 from .voting import MajorityVote
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "OffPolicyMixing",
     "ReferenceRefresh",
     "RolloutStats",
+    "SparseAttention",
 ]

@@ -196,14 +196,15 @@ class _ByBlocks(torch.autograd.Function):
         delta = (up * out).sum(-1)
         d_q = torch.zeros_like(pieces.q)
         d_k, d_v = (torch.zeros_like(x, dtype=out.dtype) for x in (k, v))
-        for head, queries, where, keys, values, scores in pieces:
-            p = scores.sub_(norm[head].index_select(0, queries)[..., None]).exp_()  # (n, G, B)
-            mine = up[head].index_select(0, queries).flatten(0, 1)
-            d_v[where] += p.flatten(0, 1).mT @ mine
-            d_p = (mine @ values.mT).view_as(p)
-            d_s = p.mul_(d_p.sub_(delta[head].index_select(0, queries)[..., None])).flatten(0, 1)
-            d_q[head].index_add_(0, queries, (d_s @ keys).view(len(queries), *d_q.shape[2:]))
-            d_k[where] += d_s.mT @ pieces.q[head].index_select(0, queries).flatten(0, 1)
+        with torch.autocast(q.device.type, enabled=False):
+            for head, queries, where, keys, values, scores in pieces:
+                p = scores.sub_(norm[head].index_select(0, queries)[..., None]).exp_()  # (n, G, B)
+                mine = up[head].index_select(0, queries).flatten(0, 1)
+                d_v[where] += p.flatten(0, 1).mT @ mine
+                d_p = (mine @ values.mT).view_as(p)
+                d_s = p.mul_(d_p.sub_(delta[head].index_select(0, queries)[..., None])).flatten(0, 1)
+                d_q[head].index_add_(0, queries, (d_s @ keys).view(len(queries), *d_q.shape[2:]))
+                d_k[where] += d_s.mT @ pieces.q[head].index_select(0, queries).flatten(0, 1)
         return pieces.back(d_q * pieces.scale, q), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_rl import ops, sharding
+from lit_rl import ops, sharding, sparse_attention
 from lit_rl.experience import Experience, build
 from lit_rl.models import context_length
 
@@ -98,6 +98,7 @@ class Forward:
         self.model: Any = model
         self.notes: list[str] = []
         """What had to be done the slower way, and why; filled at first use."""
+        self._attention: str | None = None
         self._fused: bool | None = None
         self._layout: Callable[[Experience], Layout] = rows_layout
 
@@ -136,21 +137,26 @@ class Forward:
         def cost(batch: int, length: int, causal: float) -> float:
             return batch * length * (12 * width + 2 * causal * length)
 
+        if longest_row > sparse_attention.covered(self.model):
+            return False  # it takes no mask
         return longest_pack <= LONGEST_PACK and cost(len(groups), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
 
     def check(self, device: torch.device) -> None:
-        """What is done at first use. When ranks may differ in it, call this on all of them, where the model is whole."""
-        if self._fused is None:
+        """What is done at first use, and when the model's attention has been replaced. When ranks may differ in it, call this
+        on all of them, where the model is whole."""
+        if self._fused is None or self.model.config._attn_implementation != self._attention:
             with torch.autocast(device.type, enabled=False):
                 self._check(device)
             for note in self.notes:
                 rank_zero_warn(f"{type(self.model).__name__} trains correctly, but slower than it could: {note}")
+            self._attention = self.model.config._attn_implementation
 
     @torch.no_grad()
     def _check(self, device: torch.device) -> None:
         """Finds out, on a few random tokens, whether logits are hidden states times the head's weight, and which layout
         this model takes."""
-        self._fused = False
+        self._fused, self._layout = False, rows_layout
+        self.notes.clear()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         numbers = torch.Generator().manual_seed(0)
         one, two, *responses = (torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (5, 3, 3, 6, 4))
@@ -169,6 +175,10 @@ class Forward:
         if window and window < context_length(self.model) and getattr(self.model.config, "use_sliding_window", True):
             self.notes.append(f"it has a sliding window of {window}: a group's prompt is computed once for each row")
             return
+        if (whole := sparse_attention.covered(self.model)) < context_length(self.model):
+            self.notes.append(
+                f"beyond {whole} tokens its attention is block-sparse: a group's prompt is computed once for each row"
+            )
         for layout in (packed_layout, masked_layout):
             if self._takes(layout, x, want):
                 self._layout = layout

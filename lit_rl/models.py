@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lit_rl import adapters, sharding
+from lit_rl import adapters, sharding, sparse_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,8 @@ def load(
             A folder named like one of these words is reached as "./tiny".
         tokenizer: where the tokenizer comes from when not from `name`; the tiny model fits its vocabulary to it.
         dtype: of the weights; "auto" keeps the stored one (float32 for the tiny model and for GGUF).
-        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; by default transformers chooses.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", "infllm_v2" (block-sparse), ...; by default transformers
+            chooses.
         trust_remote_code: run model code that comes with the repository.
 
     Raises:
@@ -56,18 +57,21 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    sparse = attn_implementation == sparse_attention.NAME
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": None if sparse else attn_implementation}
     if dtype == "auto" and (is_tiny(name) or name == SMOLLM2 or name.endswith(".gguf")):
         options["dtype"] = "float32"
     if is_tiny(name):
         tok = _load_tokenizer(tokenizer or TINY, trust_remote_code)
         config = _tiny_config(name.removeprefix(TINY).removeprefix("-") or "llama", tok)
-        return AutoModelForCausalLM.from_config(config, **options).eval(), tok
-
-    model = _load_model(name, options, trust_remote_code)
-    tok = _load_tokenizer(tokenizer or name, trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, **options).eval()
+    else:
+        model = _load_model(name, options, trust_remote_code)
+        tok = _load_tokenizer(tokenizer or name, trust_remote_code)
+    if sparse:
+        sparse_attention.install(model)
     embeddings: Any = model.get_input_embeddings()
-    if tokenizer and len(tok) > (rows := embeddings.weight.shape[0]):
+    if tokenizer and not is_tiny(name) and len(tok) > (rows := embeddings.weight.shape[0]):
         raise ValueError(f"the tokenizer '{tokenizer}' has {len(tok)} tokens, the model '{name}' knows only {rows}")
     return model, tok
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_rl import sparse_attention
 from lit_rl.generation.base import Completion, Sampling
 from lit_rl.generation.sampling import draw, uniforms
 
@@ -274,12 +275,14 @@ class Rows:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (rows, heads, length, dim) that are views of larger buffers, so that a step copies one column."""
+    """Keys and values (rows, heads, length, dim) that are views of larger buffers, so that a step copies one column. With the
+    keys goes `pooled`, tensors with a row for each row, in which an attention may keep what it has made of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[Tensor] = []
         self.length = 0
+        self.pooled: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, new = self.length, (key_states, value_states)
@@ -293,6 +296,7 @@ class GrowingLayer(DynamicLayer):
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer.narrow(2, start, self.length - start).copy_(x)
         self.keys, self.values = keys, values = [buffer.narrow(2, 0, self.length) for buffer in self.buffers]
+        keys.pooled = self.pooled  # type: ignore[attr-defined]
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -304,6 +308,7 @@ class GrowingLayer(DynamicLayer):
         for buffer in self.buffers:
             buffer[moved, :, : self.length] = buffer[beam_idx[moved], :, : self.length]
         self.buffers = [buffer[: len(beam_idx)] for buffer in self.buffers]
+        self.pooled = {name: kept[beam_idx] for name, kept in self.pooled.items()}
 
 
 class SharedLayer(GrowingLayer):
@@ -395,11 +400,13 @@ def _growing(model: Any) -> bool:
 
 
 def _shareable(model: Any, layers: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the model's attention can be replaced, has no sinks or caps, and reads its cache as it is, in float32."""
+    """Whether the model's attention can be replaced, has no sinks or caps, and reads its cache as it is, in float32. One that
+    chooses what it sees cannot."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
-        all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
+        config._attn_implementation != sparse_attention.NAME
+        and all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
         and getattr(model, "is_backend_compatible", bool)()
         and all(x.dtype == torch.float32 and x.shape[1] == heads for pair in layers for x in pair)
     )
