@@ -11,10 +11,16 @@ from test_policy import trainer
 from test_resume import policy
 
 from lit_rl import GRPO, hooks
-from lit_rl.callbacks import ClipCov, KLCov
+from lit_rl.callbacks import ClipCov, KLCov, SparseAttention
 from lit_rl.cli import CALLBACKS, METHODS
+from lit_rl.kernels.infllm import Settings
 
-MAKE = CALLBACKS | {"ClipCov": lambda: ClipCov(0.1, low=0.0, high=1.5), "KLCov": lambda: KLCov(0.2)}
+BLOCKS = Settings(kernel_size=4, kernel_stride=2, block_size=4, window_size=4, topk=2, dense_len=-1)
+MAKE = CALLBACKS | {
+    "ClipCov": lambda: ClipCov(0.1, low=0.0, high=1.5),
+    "KLCov": lambda: KLCov(0.2),
+    "SparseAttention": lambda: SparseAttention(BLOCKS),
+}
 PAIRS = list(combinations(CALLBACKS, 2))
 INNER = {"epochs": 2, "minibatches": 2}
 
