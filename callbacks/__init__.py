@@ -9,6 +9,7 @@ from .off_policy import OffPolicyMixing
 from .reference import ReferenceRefresh
 from .rollout_stats import RolloutStats
 from .sparse_attention import SparseAttention
+from .ternary import TernaryQAT
 from .voting import MajorityVote
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "ReferenceRefresh",
     "RolloutStats",
     "SparseAttention",
+    "TernaryQAT",
 ]

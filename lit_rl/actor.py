@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import adapters, models, ranks, resume, sharding
+from lit_rl import adapters, models, ranks, resume, sharding, ternary
 from lit_rl.adapters import LoRA
 from lit_rl.checks import require
 from lit_rl.evaluated import Evaluated
@@ -283,6 +283,10 @@ class Actor(Evaluated):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("lit_rl", {})
         adapters.check(self.adapters, saved.get("adapters"))
+        rounded = saved.get("model", {}).get("ternary", {})
+        if rounded and self._trainer is not None and self.trainer.state.fn == "fit":
+            ternary.refuse_without_callback(rounded, self.trainer.callbacks)  # type: ignore[attr-defined]
+        ternary.convert(self.model, rounded)
         if self._trainer is None:  # load_from_checkpoint: the weights alone
             return
         if state := resume.of_this_rank(self.trainer, saved.get("ranks", [])):
@@ -296,9 +300,9 @@ class Actor(Evaluated):
     def load_rank_state(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
 
-    def export(self, folder: str | Path, overwrite: bool = False) -> None:
+    def export(self, folder: str | Path, overwrite: bool = False, packed: bool = False) -> None:
         """Writes a Hugging Face folder that transformers and vLLM load; adapters are merged, and also in "adapter" inside.
-        To be called on all ranks; rank 0 writes."""
+        With `packed` ternary layers stay in 2 bits, for lit-rl alone. To be called on all ranks; rank 0 writes."""
         model = self.model
         if sharding.is_sharded(model):
             weights = sharding.whole_state(model)
@@ -308,4 +312,4 @@ class Actor(Evaluated):
                     model, _ = adapters.adapt(model, LoRA(**self.adapters["lora"]), "")
                 model.load_state_dict(weights)
         if self.global_rank == 0:
-            models.export(model, self.tokenizer, folder, overwrite=overwrite)
+            models.export(model, self.tokenizer, folder, overwrite=overwrite, packed=packed)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_rl import ternary
 from lit_rl.checks import require
 
 ADAPTER = "default"
@@ -241,13 +242,14 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def merged_state(model: Any) -> dict[str, Tensor] | None:
-    """As `plain_state`; None when the model has no adapters: its own state dict is that."""
-    return plain_state(model) if layers(model) else None
+    """As `plain_state`; None when the model has neither adapters nor ternary layers: its own state dict is that."""
+    return plain_state(model) if layers(model) or ternary.layers(model) else None
 
 
 @torch.no_grad()
 def plain_state(model: Any) -> dict[str, Tensor]:
-    """The state dict of a plain model that computes the same: adapters added to their weights, 4 bits back to floats.
+    """The state dict of a plain model that computes the same: adapters added to their weights, 4 bits back to floats,
+    ternary weights as they are rounded.
 
     Tied weights stand under each of their names. What needs no change is the model's own tensor. A sharded model that is
     whole stays whole, which asking for its state dict would end.
@@ -265,7 +267,7 @@ def plain_state(model: Any) -> dict[str, Tensor]:
     for name, layer in adapted.items():
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
-    return state
+    return ternary.dense_state(model, state)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -75,11 +75,12 @@ def export(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--base", help="the model under a checkpoint of adapters, when it is not where it was")
+    parser.add_argument("--packed", action="store_true", help="keep ternary layers in 2 bits: for lit-rl alone")
     args = parser.parse_args(argv)
     from lit_rl.export import export_checkpoint
 
-    export_checkpoint(args.checkpoint, args.folder, overwrite=args.overwrite, base=args.base)
-    print(f"{args.folder} loads with transformers and vLLM")
+    export_checkpoint(args.checkpoint, args.folder, overwrite=args.overwrite, base=args.base, packed=args.packed)
+    print(f"{args.folder} loads with {'--model.model' if args.packed else 'transformers and vLLM'}")
 
 
 def report(argv: list[str]) -> None:

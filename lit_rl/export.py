@@ -13,10 +13,14 @@ from lit_rl.resume import whole
 
 
 def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, overwrite: bool = False, base: str | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    overwrite: bool = False,
+    base: str | None = None,
+    packed: bool = False,
 ) -> None:
     """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else; of several policies a
-    folder NAME inside `folder` each.
+    folder NAME inside `folder` each. With `packed` ternary layers stay in 2 bits, see `models.export`.
 
     But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
     """
@@ -34,7 +38,7 @@ def export_checkpoint(
         prefix = "model." if members is None else f"members.{i}.model."
         with torch.random.fork_rng(devices=[]):
             model, tokenizer = _load(path, content.get("state_dict", {}), prefix, saved, base)
-        models.export(model, tokenizer, Path(folder, name), overwrite=overwrite)
+        models.export(model, tokenizer, Path(folder, name), overwrite=overwrite, packed=packed)
 
 
 def _load(path: Path, state: dict[str, Any], prefix: str, saved: dict[str, Any], base: str | None) -> tuple[Any, Any]:

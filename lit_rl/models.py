@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lit_rl import adapters, sharding, sparse_attention
+from lit_rl import adapters, sharding, sparse_attention, ternary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,6 +114,8 @@ def _load_model(name: str, options: dict[str, Any], trust_remote_code: bool = Fa
     try:
         if gguf:
             return _load_gguf(source, gguf, options)
+        if Path(source, ternary.PACKED).is_file():
+            return ternary.load(Path(source), **options)
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except OSError as error:  # what transformers raises for a repository or a file that it cannot get
         raise ValueError(f"cannot load the model '{name}': {error}\n{EXPECTED}") from error
@@ -299,11 +301,17 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    overwrite: bool = False,
+    packed: bool = False,
 ) -> Path:
     """Save a folder that transformers and vLLM load: safetensors, config, tokenizer, and what ends a completion.
 
     A model with adapters is saved with them merged into its weights, and they alone in the folder "adapter" inside it.
+    One with ternary layers is saved with their rounded weights; `packed` keeps those in 2 bits and 16 a group, in a folder
+    that `load` reads, for inference.
     The folder appears whole or not at all: it is written beside its place under another name, then renamed.
 
     Raises:
@@ -328,8 +336,11 @@ def export(
     try:
         new.mkdir(parents=True)
         model.generation_config = type(generation)()  # transformers refuses to save some that it loads, so we do
-        model.save_pretrained(new, state_dict=adapters.merged_state(model))
-        adapters.save(model, new / "adapter")
+        if packed:
+            ternary.save(model, new)
+        else:
+            model.save_pretrained(new, state_dict=adapters.merged_state(model))
+            adapters.save(model, new / "adapter")
         (new / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tokenizer.save_pretrained(new)
         if folder.exists():
@@ -357,6 +368,7 @@ def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         "config": json.loads(model.config.to_json_string(use_diff=False)) | {"dtype": str(model.dtype).split(".")[-1]},
         "generation_config": json.loads(_generation_config(model).to_json_string()),
         "tokenizer": files,
+        "ternary": ternary.groups(model),
     }
 
 
@@ -390,4 +402,5 @@ def from_checkpoint_state(
             "load the original with lit_rl.models.load and put the checkpoint's weights into it"
         )
     model.generation_config = GenerationConfig.from_dict(state["generation_config"])
+    ternary.convert(model, state.get("ternary", {}))
     return model, tokenizer

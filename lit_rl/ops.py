@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rl.kernels import attention, infllm_torch, logprob
+from lit_rl.kernels import attention, infllm_torch, logprob, ternary
 from lit_rl.kernels.infllm import Sequences, Settings
 
-__all__ = ["block_attention", "linear_logprob", "logits_logprob", "packed_attention", "select_blocks"]
+__all__ = [
+    "block_attention",
+    "linear_logprob",
+    "logits_logprob",
+    "packed_attention",
+    "select_blocks",
+    "ternary_linear",
+]
 
 
 def _takes_triton(x: Tensor) -> bool:
@@ -81,3 +88,15 @@ def _infllm(x: Tensor) -> Any:
 
         return infllm_triton
     return infllm_torch
+
+
+def ternary_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """x (M, in) times a packed ternary weight (out, in), transposed: (M, out), as `kernels.ternary` specifies it. Under
+    autocast in its precision, as a linear layer."""
+    if torch.is_autocast_enabled(device := x.device.type):
+        x = x.to(torch.get_autocast_dtype(device))
+    if _takes_triton(x):
+        from lit_rl.kernels import ternary_triton
+
+        return ternary_triton.ternary_linear(x, packed, scales)
+    return ternary.ternary_linear(x, packed, scales)

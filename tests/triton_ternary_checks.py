@@ -1,0 +1,72 @@
+"""The ternary Triton kernel in Triton's interpreter, against its twin. test_ternary_triton.py runs this file: the interpreter
+is chosen when triton is imported, for the whole process."""
+
+import pytest
+import torch
+
+from lit_rl import ops
+from lit_rl.kernels import ternary, ternary_triton
+
+SHAPES = [(1, 1, 1, 1), (3, 17, 64, 32), (2, 5, 37, 37), (17, 18, 42, 3)]
+"""Tokens, outputs, inputs, group; blocks are of 16."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    assert ternary_triton.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
+    monkeypatch.setattr(ternary_triton, "BLOCKS", dict.fromkeys(ternary_triton.BLOCKS, (16, 16, 16)))
+
+
+def example(tokens, out, width, group, dtype=torch.float32):
+    torch.manual_seed(0)
+    codes, scales = ternary.quantize(torch.randn(out, width), group)
+    return torch.randn(tokens, width).to(dtype), ternary.pack(codes), scales
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32(shape):
+    x, packed, scales = example(*shape)
+    want = ternary.naive_ternary_linear(x.double(), packed, scales)
+    got = ternary_triton.ternary_linear(x, packed, scales)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_rounded_once(shape):
+    """Weights are exact in bfloat16 and sums are in float32, so only the result is rounded."""
+    x, packed, scales = example(*shape, dtype=torch.bfloat16)
+    got = ternary_triton.ternary_linear(x, packed, scales)
+    assert got.dtype == torch.bfloat16
+    want = ternary.naive_ternary_linear(x.double(), packed, scales)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+
+
+def test_strided_inputs_and_none():
+    x, packed, scales = example(17, 18, 42, 3)
+    want = ternary_triton.ternary_linear(x, packed, scales)
+    wide = torch.stack([x.T.contiguous().T, torch.zeros(17, 42)], 1)[:, 0]
+    for other in (x.T.contiguous().T, wide):
+        assert torch.equal(ternary_triton.ternary_linear(other, packed, scales), want)
+    assert ternary_triton.ternary_linear(x[:0], packed, scales).shape == (0, 18)
+
+
+def test_a_tokens_numbers_do_not_depend_on_its_batch():
+    x, packed, scales = example(40, 17, 32, 32)
+    together = ternary_triton.ternary_linear(x, packed, scales)
+    for part in (slice(0, 7), slice(7, 30), slice(30, 40)):
+        assert torch.equal(ternary_triton.ternary_linear(x[part], packed, scales), together[part])
+
+
+def test_what_it_does_not_compute_is_an_error():
+    x, packed, scales = example(3, 17, 64, 32)
+    with pytest.raises(TypeError, match="it must be float32 or bfloat16"):
+        ternary_triton.ternary_linear(x.double(), packed, scales)
+
+
+def test_the_door_leads_here(monkeypatch):
+    monkeypatch.setattr(ops, "_takes_triton", lambda x: True)
+    x, packed, scales = example(3, 17, 32, 32)
+    assert torch.equal(ops.ternary_linear(x, packed, scales), ternary_triton.ternary_linear(x, packed, scales))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.ternary_linear(x, packed, scales)
+    assert torch.equal(got, ternary_triton.ternary_linear(x.bfloat16(), packed, scales))
