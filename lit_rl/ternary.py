@@ -170,8 +170,9 @@ def convert(module: nn.Module, chosen: dict[str, int]) -> None:
                     " of the checkpoint"
                 )
             continue
-        if type(layer) is not nn.Linear:
-            raise ValueError(f"{name} is to be ternary: it must be a torch.nn.Linear, not a {type(layer).__name__}")
+        kind = type(layer)
+        if kind is not nn.Linear:
+            raise ValueError(f"{name} is to be ternary: it must be a torch.nn.Linear, not a {kind.__name__}")
         _unround(layer.weight, group)
         layer.__class__, layer.group_size, layer._kept = TernaryLinear, group, None
 
