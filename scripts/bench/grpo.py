@@ -24,14 +24,15 @@ SHAPES = {
     "tiny": Shape(),
     "natural": Shape(forced=False, no_signal=True),
     "long": Shape(prompts=2, prompt_tokens=(512, 512)),
-    "vocabulary": Shape(new_tokens=16, vocabulary=151_936),
-    "smollm2": Shape(prompt_tokens=(6, 20), micro_batch=16, model="smollm2-135m"),
+    "vocabulary": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, vocabulary=151_936),
+    "smollm2": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
 }
-LIT, BEST, DEFAULT = "lit-rl", "TRL best", "TRL default"
+LIT, BEST, DEFAULT, FLOOR = "lit-rl", "TRL best", "TRL default", "floor"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
     LIT: ("with_lit_rl.py", {}),
     BEST: ("with_trl.py", {"bf16": False, "gradient_checkpointing": False}),
     DEFAULT: ("with_trl.py", {}),
+    FLOOR: ("with_floor.py", {}),  # needs responses of one length
 }
 GOALS = {  # shape -> (what, against which side, lit-rl's share of it at most); with one thread
     "tiny": [("step", BEST, 0.4), ("step", DEFAULT, 0.15), ("generation", BEST, 0.5), ("memory_mb", BEST, 0.5)],
@@ -45,7 +46,7 @@ Run = dict[str, Any]
 """One repetition of a side: shape, threads, side, and what `Meter` measured."""
 
 
-def measure(shape: str, threads: int, side: str, folder: Path, steps: int) -> Run:
+def measure(shape: Shape, threads: int, side: str, folder: Path, steps: int) -> Run:
     script, settings = SIDES[side]
     here = Path(__file__).resolve().parent
     paths = [str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -57,11 +58,11 @@ def measure(shape: str, threads: int, side: str, folder: Path, steps: int) -> Ru
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, str(here / script), *as_arguments(SHAPES[shape], folder, steps, settings)]
+    command = [sys.executable, str(here / script), *as_arguments(shape, folder, steps, settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
     if done.returncode:
-        raise RuntimeError(f"{side} on {shape} failed:\n{done.stderr[-3000:]}")
-    return {"shape": shape, "threads": threads, "side": side, **json.loads(done.stdout.splitlines()[-1])}
+        raise RuntimeError(f"{side} failed on {shape}:\n{done.stderr[-3000:]}")
+    return {"threads": threads, "side": side, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def repeat(shape: str, args: argparse.Namespace) -> list[Run]:
@@ -69,8 +70,9 @@ def repeat(shape: str, args: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         SHAPES[shape].make(Path(folder))
-        for threads, _, side in product(args.threads, range(args.repeats), args.sides):
-            runs.append(measure(shape, threads, side, Path(folder), args.steps))
+        sides = [side for side in args.sides if side != FLOOR or SHAPES[shape].forced]
+        for threads, _, side in product(args.threads, range(args.repeats), sides):
+            runs.append({"shape": shape} | measure(SHAPES[shape], threads, side, Path(folder), args.steps))
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     counts = {(r["prompt_tokens"], r["new_tokens"]) for r in runs}
     assert len(counts) == 1 or not SHAPES[shape].forced, f"prompt and response tokens should be the same: {counts}"

@@ -25,6 +25,8 @@ class Shape:
     samples: int = 8
     new_tokens: int = 64
     vocabulary: int = WORDS
+    hidden: int = 128
+    layers: int = 4
     forced: bool = True
     no_signal: bool = False
     """Every second prompt rewards all responses alike."""
@@ -65,10 +67,10 @@ class Shape:
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
             config = LlamaConfig(
                 vocab_size=self.vocabulary,
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=4,
+                hidden_size=self.hidden,
+                intermediate_size=3 * self.hidden,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.hidden // 32,
                 max_position_embeddings=2048,
                 tie_word_embeddings=self.vocabulary > WORDS,
                 bos_token_id=None,
@@ -115,6 +117,8 @@ class Meter:
     prompt_tokens: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     imported: int = 0
+    inside: list[float] = field(default_factory=lambda: [0.0])
+    """In `model` calls, by the end of each step."""
 
     def start(self) -> None:
         """When everything is imported and nothing made."""
@@ -135,8 +139,20 @@ class Meter:
 
         return measured
 
+    def model(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time is not the program's own. Such functions do not call each other."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            begin = cpu_seconds()
+            result = function(*args, **kwargs)
+            self.inside[-1] += cpu_seconds() - begin
+            return result
+
+        return measured
+
     def step_ended(self) -> None:
         self.ends.append(cpu_seconds())
+        self.inside.append(self.inside[-1])
 
     def print(self) -> None:
         steps = len(self.ends) - 1
@@ -149,6 +165,7 @@ class Meter:
             "memory_mb": (peak - self.imported) / 2**20,
             "prompt_tokens": sum(self.prompt_tokens[1:]) / steps,
             "new_tokens": sum(self.new_tokens[1:]) / steps,
+            "program": step - (self.inside[-1] - self.inside[0]) / steps,
         }
         print("\n" + json.dumps(numbers))
 

@@ -4,9 +4,10 @@ from functools import partial
 
 import lightning.pytorch as L
 from shapes import Meter, Shape, arguments
+from torch.optim import adam
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  (part of the import)
 
-from lit_rl import GRPO, Sampling, Task
+from lit_rl import GRPO, Sampling, Task, ops
 from lit_rl.datamodules import TaskData
 from lit_rl.generation import native  # noqa: F401
 
@@ -47,6 +48,10 @@ def main() -> None:
         policy.respond,
         lambda result: (sum(map(len, result[1])), sum(len(c.tokens) for group in result[2] for c in group)),
     )
+    for module in (policy.model.base_model, policy.model.get_output_embeddings()):
+        module.forward = meter.model(module.forward)
+    policy.backward = meter.model(policy.backward)
+    ops.linear_logprob, adam.adam = meter.model(ops.linear_logprob), meter.model(adam.adam)
     trainer = L.Trainer(
         max_steps=steps + 1,
         accelerator="cpu",
