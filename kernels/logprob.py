@@ -62,7 +62,9 @@ class _LinearLogprob(torch.autograd.Function):
             d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == d_logits.dtype:
+                d_weight.addmm_(d_logits.T, hidden[part])  # without another tensor of its size
+            elif d_weight is not None:
                 d_weight += d_logits.T @ hidden[part]
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
