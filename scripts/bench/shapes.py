@@ -157,7 +157,8 @@ class Meter:
     def print(self) -> None:
         steps = len(self.ends) - 1
         step, generation = (self.ends[-1] - self.ends[0]) / steps, sum(self.generation[1:]) / steps
-        with open("/proc/self/status") as file:  # not ru_maxrss, which begins with that of the process that started this one
+        # not ru_maxrss, which begins with that of the process that started this one
+        with open("/proc/self/status") as file:
             peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
         numbers = {
             "step": step,
