@@ -26,6 +26,7 @@ _PUBLIC = {
     "Completion": "generation.base",
     "Generator": "generation.base",
     "VLLM": "generation.vllm",
+    "VLLMServer": "generation.vllm_server",
     "SFT": "methods.sft",
     "GRPO": "methods.grpo",
     "DrGRPO": "methods.dr_grpo",

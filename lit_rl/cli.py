@@ -29,7 +29,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 METHODS = {name: getattr(lit_rl, name) for name in methods.__all__}
 DATAMODULES = {name: getattr(lit_rl.datamodules, name) for name in lit_rl.datamodules.__all__}
-ENGINES = {name: getattr(lit_rl, name) for name in ("VLLM",)}
+ENGINES = {name: getattr(lit_rl, name) for name in ("VLLM", "VLLMServer")}
 CALLBACKS = {name: getattr(lit_rl.callbacks, name) for name in lit_rl.callbacks.__all__}
 RESTARTS = "SLURM_RESTART_COUNT"
 """How often SLURM has put this job back into its queue and started it again: the run then goes on."""
