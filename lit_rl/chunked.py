@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rl import ranks
 from lit_rl.experience import Experience, build
+from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion
 from lit_rl.task import Task, Verdict
 
@@ -55,6 +57,52 @@ class Begun:
     responses: list[Response]
 
 
+class Ahead:
+    """Samples on a thread, by a copy of the weights, while the policy learns.
+
+    model: A copy of the policy's model, made before anything is hooked to that.
+    device: Where it samples; None is where the policy is.
+    """
+
+    def __init__(self, model: nn.Module, device: str | None = None) -> None:
+        self.model, self.device, self.version = model.requires_grad_(False), device, -1
+        """The step whose weights the copy has."""
+        self.forward = Forward(model)
+        self.policy: Any = None
+        self._thread = ThreadPoolExecutor(1)
+        self._future: Future[list[list[Completion]]] | None = None
+
+    @torch.no_grad()
+    def start(self, policy: Any, sampling: Any, prompts: Any, seeds: Any, begun: Any) -> None:
+        """Takes a copy of the present weights, and begins to sample; the arguments are those of `Actor.generate`."""
+        self.policy, self.version = policy, policy.trainer.global_step
+        self.model.to(self.device or policy.device)
+        for mine, present in zip(self.model.parameters(), policy.model.parameters(), strict=True):
+            mine.copy_(present)
+
+        def sample() -> list[list[Completion]]:
+            with policy.precision():
+                policy.generator.sync(self.model)
+                result: list[list[Completion]] = policy.generator.generate(prompts, seeds, sampling, begun)
+                return result
+
+        self._future = self._thread.submit(sample)
+
+    def wait(self) -> None:
+        """Until the engine is free."""
+        if self._future is not None:
+            self._future.exception()
+
+    def drop(self) -> None:
+        self.wait()
+        self._future = None
+
+    def join(self) -> list[list[Completion]] | None:
+        """What was sampled since `start`; None when there is nothing, or somebody has it."""
+        future, self._future = self._future, None
+        return None if future is None else future.result()
+
+
 class Chunks:
     """What one rank's rollouts carry from step to step: `pending` prompts, and `ready` groups that no batch had room for.
 
@@ -65,10 +113,15 @@ class Chunks:
         size: Tokens of a response in a round.
         longest: Tokens at which a response ends in any case.
         decode: Token ids to text.
+        ahead: Samples each step's first round while the step before trains; None: when it is asked for.
     """
 
-    def __init__(self, size: int, longest: int, decode: Callable[[list[int]], str]) -> None:
-        self.size, self.longest, self.decode = size, longest, decode
+    def __init__(self, size: int, longest: int, decode: Callable[[list[int]], str], ahead: Ahead | None = None) -> None:
+        self.size, self.longest, self.decode, self.ahead = size, longest, decode, ahead
+        self.arrived = 0
+        """Tokens that were sampled ahead, and no step has counted yet."""
+        self._has_round = False
+        """Whether this step's first round is sampled already."""
         self.pending: list[Begun] = []
         self.ready = build([], [], [], [])
         self.places: dict[int, Place] = {}
@@ -87,7 +140,10 @@ class Chunks:
         """The groups that are ready."""
         if self._saved:
             self._restore(policy.training_data)
+        self._arrive()
         self._before, self.filtered = (policy.trainer.global_step, self._state()), 0
+        policy.sampled_tokens += self.arrived
+        self._has_round, self.arrived = self.arrived > 0, 0
         policy._places |= self.places
         x, self.ready = self.ready, build([], [], [], [])
         return x
@@ -109,14 +165,9 @@ class Chunks:
         """Begins responses to these tasks, and samples a chunk of all that are unfinished. Returns the tasks that then have
         none, in the form of `Actor.respond`."""
         self.enter(policy, tasks)
-        rows = [[r for r in one.responses if not self._finished(r)] for one in self.pending]
-        prompts, seeds = [one.prompt for one in self.pending], [[r.seed for r in row] for row in rows]
-        begun = [[r.tokens.tolist() for r in row] for row in rows]
-        sampled = policy.generate(replace(policy.sampling, max_new_tokens=self.size), prompts, seeds, begun)
-        step = policy.trainer.global_step
-        for row, more in zip(rows, sampled, strict=True):
-            for r, completion in zip(row, more, strict=True):
-                r.extend(completion, step)
+        if not self._has_round:
+            self._extend(policy.generate(*self._request(policy)), policy.trainer.global_step)
+        self._has_round = False
         done = [one for one in self.pending if all(map(self._finished, one.responses))]
         self.pending = [one for one in self.pending if not all(map(self._finished, one.responses))]
         policy._places |= {id(one.task): one.place for one in done}
@@ -126,6 +177,29 @@ class Chunks:
         completions: list[list[Completion]] = [[*one.responses] for one in done]
         self.filtered += sum(len(r.tokens) for row in completions for r in row)  # until they pass
         return [one.task for one in done], [one.prompt for one in done], completions
+
+    def _open(self) -> list[list[Response]]:
+        return [[r for r in one.responses if not self._finished(r)] for one in self.pending]
+
+    def _request(self, policy: Any) -> tuple[Any, ...]:
+        """What `Actor.generate` takes, for the next chunk of all that is pending."""
+        rows = self._open()
+        prompts, seeds = [one.prompt for one in self.pending], [[r.seed for r in row] for row in rows]
+        sampling = replace(policy.sampling, max_new_tokens=self.size)
+        return sampling, prompts, seeds, [[r.tokens.tolist() for r in row] for row in rows]
+
+    def _extend(self, sampled: Sequence[Sequence[Completion]], version: int) -> None:
+        for row, more in zip(self._open(), sampled, strict=True):
+            for r, completion in zip(row, more, strict=True):
+                r.extend(completion, version)
+
+    def _arrive(self) -> None:
+        """Takes what was sampled ahead; its log-probabilities are known by the weights that are still there."""
+        if self.ahead is not None and (sampled := self.ahead.join()) is not None:
+            self._extend(sampled, self.ahead.version)
+            self.arrived += sum(len(c.tokens) for row in sampled for c in row)
+            if not self.ahead.policy.takes_sampler_logps:
+                self._record(partial(self.ahead.policy.logps_of, self.ahead.forward))
 
     def _finished(self, r: Response) -> bool:
         return len(r.tokens) > 0 and (r.finish == "stop" or len(r.tokens) >= self.longest)
@@ -143,8 +217,9 @@ class Chunks:
         """These groups wait for a later batch."""
         self.ready, self.places = x, {id(task): places[id(task)] for task in x.tasks}
 
-    def end_step(self, policy: Any, x: Experience) -> None:
-        """x is the batch, and the weights are still those that have sampled the latest chunks (Algorithm 1, lines 15-17)."""
+    def end_step(self, policy: Any, x: Experience, tasks: int) -> None:
+        """x is the batch, and the weights are still those that have sampled the latest chunks (Algorithm 1, lines 15-17).
+        `tasks`: as many are to be sampled ahead, over all ranks, at least."""
         if not policy.takes_sampler_logps:
             self._record(partial(policy.logps_of, policy.token_terms))
         counted = x.mask & x.valid[:, None] & ~x.off_policy[:, None]
@@ -164,6 +239,10 @@ class Chunks:
             "lag": int(lags.sum()),
             "lag_max": int(lags.max()) if len(x) else 0,
         }
+        if self.ahead is not None:
+            if not policy.sum_over_ranks(len(self.pending)):  # as in the first step, which had to wait for its own
+                self.enter(policy, policy.more_tasks(tasks, policy.max_rounds))
+            self.ahead.start(policy, *self._request(policy))
 
     def measures(self) -> dict[str, float]:
         """Over all ranks: how many versions of the policy a trained response is of, and its tokens' age in steps; the mean
@@ -196,9 +275,14 @@ class Chunks:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Plain data. Of a step that is interrupted, the state before it: a resumed run takes it again."""
+        self._arrive()
         return self._saved or (self._before[1] if self._before[0] == step else self._state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of a checkpoint; an empty state is that of the start of a run."""
+        if self.ahead is not None:
+            self.ahead.drop()
+        self.arrived, self._has_round = 0, False
         self.pending, self.ready, self.places, self._before = [], build([], [], [], []), {}, (-1, {})
         self._saved = state
 
@@ -217,10 +301,16 @@ class Chunks:
             "texts": x.texts,
             "verdicts": [vars(v) for v in x.verdicts],
         }
-        return {"pending": pending, "ready": ready, "tasks": [task(one, self.places[id(one)]) for one in x.tasks]}
+        rest = {"arrived": self.arrived}
+        return rest | {
+            "pending": pending,
+            "ready": ready,
+            "tasks": [task(one, self.places[id(one)]) for one in x.tasks],
+        }
 
     def _restore(self, dataset: Any) -> None:
         state, self._saved = self._saved, {}
+        self.arrived = state["arrived"]
 
         def task(saved: dict[str, Any]) -> Task:
             again = getattr(dataset, "again", lambda index, _: dataset[index])

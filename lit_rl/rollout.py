@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from lit_rl import adapters, hooks, objectives, sharding
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
-from lit_rl.chunked import Chunks, lag
+from lit_rl.chunked import Ahead, Chunks, lag
 from lit_rl.experience import Experience, Terms, build, concat
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion
@@ -64,6 +65,9 @@ class Rollout(Policy):
             response. What is unfinished goes on in later rounds and steps, with the weights of then; a token's ratio is
             taken against the weights that sampled it. Groups train when all their responses are finished, the oldest
             first, as many as the batch has tasks; further prompts are begun while there are fewer. None is off.
+        ahead: One-step-off rollout: a step's first round is sampled while the step before trains, on a thread, by a copy of
+            the weights from before that step's update: "thread" on the same device, or the name of another. The first step
+            samples its own batch, and begins a further one; then each step trains on the batch before. None is off.
     """
 
     refused: ClassVar[dict[type[L.Callback], str]] = Policy.refused | {
@@ -97,6 +101,7 @@ class Rollout(Policy):
         dynamic_sampling: bool = False,
         max_rounds: int = 10,
         chunk: int | None = None,
+        ahead: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -148,7 +153,13 @@ class Rollout(Policy):
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
-        self.chunks = None if chunk is None else Chunks(min(chunk, longest), longest, self.decode)
+        limit = f"null with {type(self.generator).__name__}: the native engine alone samples by a copy of the weights"
+        require(ahead is None or getattr(self.generator, "exact", False), "ahead", ahead, limit)
+        self.chunks: Chunks | None = None
+        if chunk is not None or ahead is not None:
+            device = None if ahead == "thread" else ahead
+            thread = None if ahead is None else Ahead(copy.deepcopy(self.model), device)
+            self.chunks = Chunks(min(chunk or longest, longest), longest, self.decode, thread)
         self._rewards = (0.0, 0)
         self.reference: nn.Module | None = None
         self.reference_terms = self.token_terms  # the policy without its adapters, which are zero at first
@@ -158,10 +169,23 @@ class Rollout(Policy):
 
     # ---------------------------------------------------------------- tasks to experience
 
+    def setup(self, stage: str) -> None:
+        if self.chunks is not None and self.chunks.ahead is not None:
+            whole = not isinstance(self.trainer.strategy, ModelParallelStrategy)
+            require(whole, "ahead", "set", "null when the strategy shards the model: use ddp, or leave it out")
+            fine = self.trainer.precision in ("32-true", "16-mixed", "bf16-mixed")
+            limit = f"null at precision {self.trainer.precision}, whose default dtype is that of all threads: use a mixed one"
+            require(fine, "ahead", "set", limit)
+        if (
+            self.chunks is not None and stage == "fit"
+        ):  # another run's, if the policy was in one; a checkpoint comes later
+            self.chunks.load_state_dict({})
+        super().setup(stage)
+
     def collect(self, tasks: list[Task]) -> Experience:
         x = self.finish(self.sample(tasks))
         if self.chunks is not None:
-            self.chunks.end_step(self, x)
+            self.chunks.end_step(self, x, int(self.sum_over_ranks(len(tasks))))
         return x
 
     def finish(self, x: Experience) -> Experience:
@@ -268,6 +292,11 @@ class Rollout(Policy):
         """Responses to these tasks; in chunks, to all whose last response the next chunk finishes."""
         return self.respond(tasks, self.group, "train") if self.chunks is None else self.chunks.draw(self, tasks)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.chunks is not None and self.chunks.ahead is not None:
+            self.chunks.ahead.wait()
+        return super().generate(*args, **kwargs)
+
     def scored(self, tasks: list[Task], prompts: list[list[int]], completions: list[list[Completion]]) -> Experience:
         """What `draw` returns, as rows with the verifier's verdicts, and with their scores for rewards."""
         flat = [c for group in completions for c in group]
@@ -357,10 +386,11 @@ class Rollout(Policy):
         """(N, T) log-probabilities under a frozen model, slice by slice."""
         result = torch.zeros(x.tokens.shape)
         x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
+        device = next(forward.model.parameters()).device
         with self.precision(), sharding.gathered(forward.model):
-            forward.check(self.device)
+            forward.check(device)
             for part in self.slices(x, torch.arange(len(x))):
-                logps, _ = forward(part.to(self.device), self.temperature)
+                logps, _ = forward(part.to(device), self.temperature)
                 result[part.extra["_row"], : logps.shape[1]] = logps.to(result)
         return result
 

@@ -54,3 +54,18 @@ def test_documented_numbers_are_the_runs_own(bench):
     assert bench["tables"](kept["runs"]) in page
     assert all(f"{name} {number}" in page for name, number in kept["machine"].items() if name != "cpu")
     assert kept["machine"]["cpu"] in page
+
+
+@pytest.mark.slow
+def test_chunks_take_fewer_passes_and_the_documentation_has_their_table():
+    script = ROOT / "scripts/bench/chunked.py"
+    options = ["--chunks", "256", "32", "--seeds", "0", "--steps", "4", "--skip", "2", "--json", "out.json"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs, table = json.loads(Path("out.json").read_text())["runs"], runpy.run_path(str(script))["table"]
+    assert table(runs) in done.stdout
+    whole, parts = runs
+    assert whole["versions"] == 1 < parts["versions"]
+    assert parts["passes"] < whole["passes"] / 2
+    kept = json.loads((ROOT / "docs/chunked.json").read_text())
+    assert table(kept["runs"]) in (ROOT / "docs/benchmarks.md").read_text()

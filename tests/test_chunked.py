@@ -3,9 +3,12 @@ token is lost."""
 
 import copy
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_policy import Gradients, Letters, trainer, weights
 from test_resume import TOKENIZER, equal
 
-from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, jsonl
+from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, chunked, jsonl
 from lit_rl.callbacks import GarbleFilter, ReferenceRefresh
 from lit_rl.cli import METHODS
 from lit_rl.generation.native import NativeGenerator
@@ -124,12 +127,13 @@ def test_of_weights_that_stay_the_tokens_are_those_of_whole_rollouts(chunk):
 
 
 @pytest.mark.parametrize("how", [dict(), dict(old_logps="recompute"), dict(precision="bf16-mixed")], ids=str)
+@pytest.mark.parametrize("way", [dict(chunk=3), dict(ahead="thread"), dict(chunk=3, ahead="thread")], ids=str)
 @pytest.mark.parametrize("cut", [dict(), dict(top_p=0.9, temperature=0.8)], ids=str)
-def test_a_ratio_is_taken_against_the_weights_that_sampled_the_token(how, cut):
+def test_a_ratio_is_taken_against_the_weights_that_sampled_the_token(how, way, cut):
     """Whose log-probabilities are computed here by the model's plain forward, from the weights of each step."""
     how = dict(how)
     precision = how.pop("precision", "32-true")
-    module = policy(chunk=3, sampling=replace(SAMPLING, **cut), **how)
+    module = policy(sampling=replace(SAMPLING, **cut), **way, **how)
     watch = fit(module, precision=precision)
     worst, ages = 0.0, Counter()
     for step, x in enumerate(watch.batches):
@@ -156,20 +160,25 @@ def test_a_ratio_is_taken_against_the_weights_that_sampled_the_token(how, cut):
 
 
 def test_of_weights_that_stay_all_ratios_are_one():
-    for old_logps in ("sampler", "recompute"):
-        watch = fit(policy(lr=0.0, chunk=2, old_logps=old_logps))
+    for settings in (
+        dict(old_logps="sampler"),
+        dict(old_logps="recompute"),
+        dict(old_logps="recompute", ahead="thread"),
+    ):
+        watch = fit(policy(lr=0.0, chunk=2, **settings))
         ratios, ages = (torch.cat(column) for column in zip(*watch.ratios, strict=True))
         assert (ages > 0).sum() > 100
         assert (ratios - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(method=DAPO, dynamic_sampling=True, group=2), dict(mask_truncated=True)], ids=str
+    "settings",
+    [dict(), dict(method=DAPO, dynamic_sampling=True, group=2), dict(mask_truncated=True), dict(ahead="thread")],
+    ids=str,
 )
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_no_token_is_lost(chunk, settings):
-    settings = dict(settings)
-    module = policy(settings.pop("method", GRPO), chunk=chunk, **settings)
+    module = policy(settings.get("method", GRPO), chunk=chunk, **{k: v for k, v in settings.items() if k != "method"})
     watch = fit(module, steps=8, data=Letters(batch_size=3), logger=RunLogger("r"), log_every_n_steps=1)
     rows = [row for row in jsonl.read(Path("r/metrics.jsonl")) if "loss" in row]
     assert len(rows) == 8
@@ -179,13 +188,14 @@ def test_no_token_is_lost(chunk, settings):
             sums[name] += row[f"chunked/{name}_tokens"]
         held = row["chunked/pending_tokens"] + row["chunked/ready_tokens"]
         assert sums["generated"] == sums["trained"] + sums["filtered"] + held
-    assert sums["generated"] == module.generator.tokens
+    under_way = sum(len(c.tokens) for row in module.chunks.ahead.join() for c in row) if module.chunks.ahead else 0
+    assert sums["generated"] == module.generator.tokens - under_way
     assert sums["trained"] == sum(
         int(x.mask[~x.truncated if module.mask_truncated else slice(None)].sum()) for x in watch.batches
     )
-    assert (sums["filtered"] > 0) == bool(settings)
+    assert (sums["filtered"] > 0) == ("mask_truncated" in settings or "method" in settings)
     assert (max(row["chunked/pending_tokens"] for row in rows) > 0) == (chunk < 12)
-    assert (rows[-1]["chunked/versions"] > 1) == (chunk < 12)
+    assert (max(row["chunked/versions"] for row in rows) > 1) == (chunk < 12)
     for x in watch.batches:
         assert all(count == module.group for count in x.group.bincount().tolist()), "a group trains when it is whole"
         assert len(x.tasks) == 3
@@ -197,13 +207,16 @@ def test_no_token_is_lost(chunk, settings):
     [
         (dict(chunk=5), r"chunk is 5: it must be a divisor of sampling.max_new_tokens \(12\), or that or more"),
         (dict(chunk=0), "chunk is 0"),
-        (dict(chunk=4, method=RLCCF), "chunk is 4: it must be null: all members answer at the same time"),
     ],
 )
 def test_bad_settings(settings, message):
-    method = settings.pop("method", GRPO)
     with pytest.raises(ValueError, match=message):
-        method("tiny", sampling=SAMPLING, **settings)
+        policy(**settings)
+
+
+def test_members_of_a_group_answer_at_the_same_time():
+    with pytest.raises(ValueError, match="chunk or ahead is set: it must be null: all members answer at the same time"):
+        RLCCF([policy(chunk=4), policy()])
 
 
 PROSE = """The stage is divided into chunks of tokens, and what has not ended by then waits. Each part is weighed against the
@@ -290,3 +303,92 @@ def test_the_reference_is_refreshed_and_resumes():
 def test_without_a_reference_there_is_nothing_to_refresh(settings, message):
     with pytest.raises(ValueError, match=f"no reference to refresh: {message}"):
         fit(policy(**settings), callbacks=[ReferenceRefresh(2)])
+
+
+class Eagerly:
+    """Samples as soon as it is asked to, and nothing else meanwhile."""
+
+    def __init__(self, threads):
+        pass
+
+    def submit(self, sample):
+        done = Future()
+        done.set_result(sample())
+        return done
+
+
+class Lazily(Eagerly):
+    """Samples when the result is wanted."""
+
+    def submit(self, sample):
+        self.result = self.exception = sample
+        return self
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(chunk=3, old_logps="recompute"), dict(dynamic_sampling=True)], ids=str
+)
+def test_what_is_sampled_ahead_does_not_depend_on_when(settings, monkeypatch):
+    """On a thread while the step trains, before it or after it: the weights are those of before."""
+    runs = []
+    for executor in (None, Eagerly, Lazily):
+        if executor:
+            monkeypatch.setattr(chunked, "ThreadPoolExecutor", executor)
+        module = policy(ahead="thread", **settings)
+        watch = fit(module, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1)
+        runs.append([weights(module), [x.tokens for x in watch.batches], [x.extra["version"] for x in watch.batches]])
+    assert equal(runs[1], runs[0])
+    assert equal(runs[2], runs[0])
+
+
+def test_one_step_off_is_one_step_off():
+    """Step k trains on the batch that step k - 1 was given, answered by the weights from before its update."""
+    module = policy(ahead="thread")
+    watch = fit(module, steps=5)
+    ages = [(step - x.extra["version"])[x.mask].unique().tolist() for step, x in enumerate(watch.batches)]
+    assert ages == [[0], [1], [1], [1], [1]]
+    prompts = [[task.prompt for task in x.tasks] for x in watch.batches]
+    loader = [task.prompt for task in Letters().tasks("train")]
+    assert [prompts[0], *prompts[2:]] == [loader[0:4], loader[4:8], loader[8:12], loader[12:16]]
+    plain = policy()
+    plain_watch = fit(plain, steps=1)
+    assert equal(plain_watch.batches[0].tokens, watch.batches[0].tokens)
+    replay = policy()  # the third batch, by the weights of step 1
+    replay.model.load_state_dict(watch.models[1].state_dict())
+    replay.generator.sync(replay.model)
+    x = watch.batches[2]
+    starts = [0, 4, 8, 12]
+    prompts_ = [x.tokens[row, : x.starts[row]].tolist() for row in starts]
+    keys = [f"0\0train\0{1}\0{x.tasks[g].key()}\0{0}\0" for g in range(4)]
+    seeds = [[seed_of(key + str(i)) for i in range(4)] for key in keys]
+    out = replay.generator.generate(prompts_, seeds, SAMPLING)
+    got = [x.tokens[row, x.starts[row] : x.lengths[row]].tolist() for row in range(16)]
+    assert got == [c.tokens.tolist() for row in out for c in row]
+
+
+@pytest.mark.parametrize("way", [dict(chunk=2), dict(ahead="thread")], ids=str)
+def test_a_second_run_begins_with_nothing(way):
+    module = policy(lr=0.0, **way)
+    first, second = fit(module, steps=4), fit(module, steps=4)
+    assert equal([x.tokens for x in second.batches], [x.tokens for x in first.batches])
+    assert equal([x.extra["version"] for x in second.batches], [x.extra["version"] for x in first.batches])
+
+
+def seed_of(name):
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        (dict(), dict(precision="bf16-true"), "null at precision bf16-true"),
+        (
+            dict(generator=SimpleNamespace(exact=False, generate=lambda prompts, begun: [])),
+            dict(),
+            "the native engine alone",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_ahead_is_refused(settings, flags, message):
+    with pytest.raises(ValueError, match=message):
+        fit(policy(ahead="thread", **settings), **flags)

@@ -226,6 +226,8 @@ CHUNKS = {
     "the sampler's log-probabilities": dict(),
     "recomputed ones, two minibatches": dict(old_logps="recompute", minibatches=2),
     "without dynamic sampling": dict(dynamic_sampling=False),
+    "one step off": dict(ahead="thread"),
+    "one step off, recomputed": dict(ahead="thread", old_logps="recompute", dynamic_sampling=False),
 }
 
 

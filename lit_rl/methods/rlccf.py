@@ -43,7 +43,7 @@ class RLCCF(Group):
     Args:
         model: The members' models: names as in Actor, or policies with settings of their own. A single name stands for
             `members` members, and "tiny" for tiny models of several architectures. All further arguments are as in GRPO,
-            for every member.
+            for every member, but for `chunk` and `ahead`: all answer at the same time.
         members: How many members a single name makes.
         lr: Learning rate, of all members or of each.
         self_consistency: Whether a member's votes weigh as much as it agrees with itself; else all votes are equal.
@@ -70,13 +70,15 @@ class RLCCF(Group):
         require(len(given) == 1 or kwargs.get("generator") is None, "generator", "one for several members", alone)
         rates = lr if isinstance(lr, list) else [lr] * len(given)
         require(len(rates) == len(given), "lr", lr, f"a number, or one for each of {len(given)} members")
-        made = [GRPO(x, lr=rate, **kwargs) if isinstance(x, str) else x for x, rate in zip(given, rates, strict=True)]
+        made = [
+            GRPO(x, lr=rate, chunk=None, ahead=None, **kwargs) if isinstance(x, str) else x
+            for x, rate in zip(given, rates, strict=True)
+        ]
         for member in made:
             limit = "false: all members answer the same prompts"
             require(not member.dynamic_sampling, "dynamic_sampling", True, limit)
-            require(
-                member.chunks is None, "chunk", kwargs.get("chunk", "set"), "null: all members answer at the same time"
-            )
+            limit = "null: all members answer at the same time"
+            require(member.chunks is None, "chunk or ahead", "set", limit)
         super().__init__(made, devices)
         self.self_consistency, self.agreement = self_consistency, Evaluation()
         if all(isinstance(x, str) for x in given):
