@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -41,6 +41,9 @@ class TernaryQAT(L.Callback):
     """
 
     trains_ternary = True
+    refuses: ClassVar[dict[str, str]] = {
+        "ReferenceRefresh": "it would copy the weights under the rounding into a reference that does not round"
+    }
 
     def __init__(
         self,
