@@ -62,7 +62,7 @@ def rounded(start: str, folder: str) -> str:
 
 
 def main() -> None:
-    args = options(__doc__, steps=200)
+    args = options(__doc__, steps=100)
     records = []
     for seed in args.seeds:
         data = bootcamp(args, seed, batch_size=2 * args.batch)
