@@ -83,7 +83,8 @@ class RLCCF(Group):
         self.self_consistency, self.agreement = self_consistency, Evaluation()
         if all(isinstance(x, str) for x in given):
             own = {"model": model, "members": members, "lr": lr, "self_consistency": self_consistency}
-            self.save_hyperparameters(dict(made[0].hparams) | own | {"devices": devices})
+            shared = {name: value for name, value in made[0].hparams.items() if name not in ("chunk", "ahead")}
+            self.save_hyperparameters(shared | own | {"devices": devices})
         self._sums: Counter[str] = Counter()
         """Over the prompts and responses of this step."""
 
