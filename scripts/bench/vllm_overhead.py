@@ -41,7 +41,9 @@ def main() -> None:
     def raw() -> int:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(SAMPLES)]
         params = [
-            SamplingParams(max_tokens=TOKENS, seed=seed, logprobs=0, flat_logprobs=True, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                max_tokens=TOKENS, seed=seed, logprobs=0, flat_logprobs=True, ignore_eos=True, detokenize=False
+            )
             for row in seeds
             for seed in row
         ]
