@@ -13,8 +13,6 @@ from lit_rl.methods.rlccf import TINY
 
 NAME = "rlccf"
 ALONE, TOGETHER, START = "TTRL", "RLCCF", "warm start"
-LR = 2e-5
-"""As for TTRL: a vote needs smaller steps than a label."""
 
 
 def tables(records: list[Record]) -> str:
@@ -31,12 +29,12 @@ def tables(records: list[Record]) -> str:
 
 
 def main() -> None:
-    args = options(__doc__, steps=60, warm_steps=60)
+    args = options(__doc__, steps=30, warm_steps=60)
     records = []
     for seed in args.seeds:
         starts = [warm_start(args, seed, model=name) for name in TINY]
-        data = bootcamp(args, seed)
-        settings = {**SETTINGS, "kl_coef": 0.0, "aggregate": "token", "minibatches": 2, "lr": LR}
+        data = bootcamp(args, seed, batch_size=max(1, args.batch // 2))
+        settings = {**SETTINGS, "kl_coef": 0.0, "aggregate": "token", "minibatches": 2}
         arms = {START: (starts, 0), TOGETHER: (starts, None)}
         arms |= {f"{ALONE} {name}": ([start], None) for name, start in zip(TINY, starts, strict=True)}
         for arm, (models, steps) in arms.items():
