@@ -35,7 +35,8 @@ class SparseAttention(RLCallback):
     seconds/dense_attention, of the forward with and without the choice of blocks.
 
     Works on any LightningModule that holds a Hugging Face model. A group's prompt is computed once for each of its rows where
-    they are longer than what is seen whole, and the native generator keeps each row's keys and values apart.
+    they are longer than what is seen whole, and the native generator keeps each row's keys and values apart. Engines outside
+    this process, such as vLLM, go on sampling densely: correct for it with `tis_cap`.
 
     Args:
         settings: Sizes; None is what the model's config has (`sparse_config`), or MiniCPM4's defaults.

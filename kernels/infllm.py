@@ -2,7 +2,8 @@
 
 Keys are pooled over overlapping kernels; a query's scores against the pooled keys, summed over the query heads of a group,
 rank the blocks; attention then reads the best blocks, the first ones and a window. The functions `naive_*` here are the
-specification, one sequence at a time with whole matrices. infllm_torch.py and infllm_triton.py compute the same.
+specification, one sequence at a time with whole matrices. infllm_torch.py computes the same, and so do infllm_triton.py and
+infllm_triton_select.py.
 
 Shapes: R rows, H query heads, K key heads (G = H / K, neighbours share one), T queries, S keys, D and E the sizes of a key and
 a value; M queries in all sequences together, W blocks at most of a query.

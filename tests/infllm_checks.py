@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_rl import ops
-from lit_rl.kernels import infllm, infllm_triton
+from lit_rl.kernels import infllm, infllm_triton, infllm_triton_select
 from lit_rl.kernels.infllm import Sequences, Settings
 
 SCALE = 0.3
@@ -22,7 +22,7 @@ CASES = {  # settings, query and key heads, sizes of key and value
 
 def example(case, dtype=torch.float32):
     """A row with two sequences, one with a chunk of queries that continues a cache, padding on both sides, and nothing else."""
-    assert infllm_triton.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
+    assert infllm_triton_select.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
     settings, heads, key_heads, d, e = case
     torch.manual_seed(0)
     q = torch.randn(2, heads, 26, d).to(dtype).requires_grad_()

@@ -32,6 +32,7 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
     from triton.compiler import ASTSource
 
     from lit_rl.kernels import infllm_triton as kernels
+    from lit_rl.kernels import infllm_triton_select as chooser
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
@@ -40,10 +41,10 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
     tables = ("sequence", "row", "column", "position", "k_start", "k_length", "seq_row", "counts", "queries", "offsets")
     kinds |= dict.fromkeys((*tables, "block_sequence", "block_first"), "*i64")
     shape = {"D": 128, "E": 128, "BLOCK": 64, "SIZE": 32, "STRIDE": 16, "COARSE": True, "LARGEST": 80.0}
-    shape |= {"PRECISION": "ieee", "UPCAST": False, "TILE": kernels.TILE}
-    several = kernels._several(16)
+    shape |= {"PRECISION": "ieee", "UPCAST": False, "TILE": chooser.TILE}
+    several = chooser.several(16)
     for kernel, own in (
-        (kernels._scores, several),
+        (chooser._scores, several),
         (kernels._forward, {"BACKWARD": False, "GROUP": 16}),
         (kernels._forward, {"BACKWARD": True, "GROUP": 16}),
         (kernels._backward, several),
@@ -53,7 +54,7 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
         constants |= {name: 1 for name in names if name in ("q_d", "k_d", "v_d")}  # as for contiguous inputs
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
         compiled = triton.compile(
-            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS
+            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=chooser.OPTIONS
         )
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 99 * 1024, kernel
