@@ -1,6 +1,7 @@
 """Callbacks: monitors that work on any LightningModule, and the tricks of papers on the hooks of a rollout."""
 
 from .completions import Completions
+from .coordinate_check import CoordinateCheck
 from .covariance import ClipCov, KLCov
 from .entropy import EntropyMonitor
 from .entropy_law import EntropyLaw
@@ -15,6 +16,7 @@ from .voting import MajorityVote
 __all__ = [
     "ClipCov",
     "Completions",
+    "CoordinateCheck",
     "EntropyLaw",
     "EntropyMonitor",
     "GarbleFilter",

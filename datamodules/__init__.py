@@ -3,7 +3,13 @@
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"TaskData": "base", "Bootcamp": "bootcamp", "ReasoningGym": "reasoning_gym", "Vowels": "vowels"}
+_PUBLIC = {
+    "TaskData": "base",
+    "Bootcamp": "bootcamp",
+    "ReasoningGym": "reasoning_gym",
+    "Text": "text",
+    "Vowels": "vowels",
+}
 __all__ = list(_PUBLIC)
 
 

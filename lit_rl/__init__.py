@@ -28,6 +28,8 @@ _PUBLIC = {
     "VLLM": "generation.vllm",
     "VLLMServer": "generation.vllm_server",
     "SFT": "methods.sft",
+    "Pretrain": "methods.pretrain",
+    "MuP": "mup",
     "GRPO": "methods.grpo",
     "DrGRPO": "methods.dr_grpo",
     "DAPO": "methods.dapo",

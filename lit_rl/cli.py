@@ -157,6 +157,10 @@ class CLI(LightningCLI):
     def configure_optimizers(lightning_module: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         """As a policy's own: `--optimizer` gets no frozen parameters, and `--lr_scheduler` counts steps, since a run is
         often shorter than an epoch."""
+        if any(getattr(policy, "mup", None) for policy in getattr(lightning_module, "policies", [])):
+            sys.exit(
+                "lit-rl: --optimizer does not work with model.mup, which gives AdamW a rate for each parameter: leave one out"
+            )
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
         result = LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

@@ -40,7 +40,7 @@ class Law:
         """Half of the 95 % interval of the curve at this entropy, or of a `new` point there. The further from the points,
         the wider. It takes their deviations for independent and normal."""
         variance = new + 1 / self.points + (math.exp(entropy) - self.centre) ** 2 / self.spread
-        return _student(self.points - 2) * self.deviation * math.sqrt(variance)
+        return student(self.points - 2) * self.deviation * math.sqrt(variance)
 
 
 def fit(points: Iterable[tuple[float, float]]) -> Law:
@@ -63,7 +63,7 @@ def fit(points: Iterable[tuple[float, float]]) -> Law:
     return Law(a, b, n, math.sqrt(squares / (n - 2)), x, spread)
 
 
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, to 1 % from three degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
     z = 1.959964
     terms = (

@@ -178,12 +178,7 @@ class InnerLoop(L.LightningModule):
         return float(total)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in x.parameters() if p.requires_grad], "lr": x.lr, "weight_decay": x.weight_decay}
-                for x in self.policies
-            ]
-        )
+        optimizer = torch.optim.AdamW([group for policy in self.policies for group in policy.parameter_groups()])
         total = partial(getattr, self.trainer, "estimated_stepping_batches")
         scheduler = schedules.make(self.schedule, optimizer, total, self.warmup_steps, self.decay_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

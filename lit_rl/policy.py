@@ -15,6 +15,7 @@ from lit_rl.experience import Experience, build
 from lit_rl.forward import Forward
 from lit_rl.guard import Guard
 from lit_rl.inner import InnerLoop
+from lit_rl.mup import MuP, groups, initialise, scales
 from lit_rl.objectives import token_weights
 from lit_rl.schedules import Schedule
 from lit_rl.stopping import Stopping
@@ -40,6 +41,8 @@ class Policy(InnerLoop, Actor):
         minibatches: Optimizer steps a pass; a group is never divided between two.
         microbatch_tokens: Tokens in one forward and backward: lower it when memory runs out, the gradient stays the same.
         gradient_checkpointing: Trades time for memory.
+        mup: Learning rates that hold for any width of the model, and weights to begin with where it is made, not loaded.
+            The folder of such a model, loaded with the same `mup`, goes on as it began. None is the ordinary one.
         max_non_finite: Optimizer steps in a row whose loss or gradient may be infinite or NaN: each is skipped, counted as
             skipped/non_finite and kept as a file; then training stops.
     """
@@ -61,6 +64,7 @@ class Policy(InnerLoop, Actor):
         minibatches: int = 1,
         microbatch_tokens: int = 16384,
         gradient_checkpointing: bool = False,
+        mup: MuP | None = None,
         max_non_finite: int = 10,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +81,12 @@ class Policy(InnerLoop, Actor):
         self.epochs, self.minibatches, self.microbatch_tokens = epochs, minibatches, microbatch_tokens
         if gradient_checkpointing:
             (getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable)()
+        self.mup = MuP(**mup) if isinstance(mup, dict) else mup
+        if self.mup is not None:
+            require(self.adapters is None, "lora", "set", "None with mup: adapters have no width to scale by")
+            if isinstance(model, str) and models.is_tiny(model):
+                initialise(self.model, self.mup)
+            scales(self.model, self.mup)  # complains here, and not in the Trainer
         self.token_terms = Forward(self.model)
         self.guard, self.stopping = Guard(max_non_finite), Stopping()
         self.planned: list[list[Experience]] = []
@@ -86,6 +96,13 @@ class Policy(InnerLoop, Actor):
         self._places: dict[int, tuple[int, ...]] = {}
         """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
         there."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's, of the weights that learn."""
+        if self.mup is not None:
+            return groups(self.model, self.mup, self.lr, self.weight_decay)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": trained, "lr": self.lr, "weight_decay": self.weight_decay}]
 
     def collect(self, tasks: list[Task]) -> Experience:
         """The experience of one batch of tasks, with advantages (if the method has any) but without weights."""
@@ -198,6 +215,19 @@ class Policy(InnerLoop, Actor):
             slices[-1] += part
             count += 1
         return [x.rows(sorted(part)) for part in slices]
+
+    @torch.no_grad()
+    def logps_of(self, forward: Forward, x: Experience, temperature: float = 1.0) -> Tensor:
+        """(N, T) log-probabilities under a model as it is, without gradient, slice by slice."""
+        result = torch.zeros(x.tokens.shape)
+        x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
+        device = next(forward.model.parameters()).device
+        with self.precision(), sharding.gathered(forward.model):
+            forward.check(device)
+            for part in self.slices(x, torch.arange(len(x))):
+                logps, _ = forward(part.to(device), temperature)
+                result[part.extra["_row"], : logps.shape[1]] = logps.to(result)
+        return result
 
     def _idle_slice(self) -> Experience:
         x = build([[0]], [[0]], [0], [])

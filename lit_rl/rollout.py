@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import adapters, hooks, objectives, sharding
+from lit_rl import adapters, hooks, objectives
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.checks import require
@@ -206,11 +206,11 @@ class Rollout(Policy):
             several = self.epochs * self.minibatches > 1 or bool(stale.any())
             x.logps = None  # the loss takes its own, detached: the same numbers
             if self.old_logps == "recompute" or several or self.kl_in_reward:
-                now = self.logps_of(self.token_terms, x)
+                now = self.logps_of(self.token_terms, x, self.temperature)
                 x.logps = now if known is None else torch.where(stale, known, now)
         if self.kl_coef:
             with nullcontext() if self.reference is not None else adapters.disabled(self.model):
-                x.ref_logps = self.logps_of(self.reference_terms, x)
+                x.ref_logps = self.logps_of(self.reference_terms, x, self.temperature)
             if self.kl_in_reward and x.logps is not None:
                 divergence = objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
                 x.rewards -= self.kl_coef * torch.where(x.off_policy, 0.0, divergence)  # of the policy's own samples
@@ -380,19 +380,6 @@ class Rollout(Policy):
         """Whether the sampler's log-probabilities are those of the training forward, up to float32 rounding."""
         single = self.trainer.precision == "32-true" and next(self.model.parameters()).dtype == torch.float32
         return single and getattr(self.generator, "exact", False)
-
-    @torch.no_grad()
-    def logps_of(self, forward: Forward, x: Experience) -> Tensor:
-        """(N, T) log-probabilities under a frozen model, slice by slice."""
-        result = torch.zeros(x.tokens.shape)
-        x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
-        device = next(forward.model.parameters()).device
-        with self.precision(), sharding.gathered(forward.model):
-            forward.check(device)
-            for part in self.slices(x, torch.arange(len(x))):
-                logps, _ = forward(part.to(device), self.temperature)
-                result[part.extra["_row"], : logps.shape[1]] = logps.to(result)
-        return result
 
     # ---------------------------------------------------------------- experience to loss
 

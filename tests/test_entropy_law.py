@@ -13,7 +13,7 @@ from test_report import drawn, lines
 
 from lit_rl import DAPO, RLCallback
 from lit_rl.callbacks import EntropyLaw
-from lit_rl.entropy_law import _student, fit
+from lit_rl.entropy_law import fit, student
 from lit_rl.report import write_report
 
 
@@ -47,9 +47,9 @@ def test_the_interval_widens_where_entropy_hardly_varies_and_where_points_are_fe
     assert narrow.interval(0.0) < wide.interval(0.0) < wide.interval(0.0, new=True)
 
 
-def test_students_quantile():
+def teststudents_quantile():
     for freedom, want in {3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}.items():
-        assert _student(freedom) == pytest.approx(want, rel=0.01)
+        assert student(freedom) == pytest.approx(want, rel=0.01)
 
 
 def test_what_is_not_finite_does_not_count():

@@ -119,7 +119,7 @@ def test_on_the_command_line(capsys):
     more = ("--trainer.max_steps", 4, "--trainer.callbacks+=LearningRateMonitor")
     command(capsys, "--config", "sft", "--config", "wsd", "--config", "tiny", *more, "--run", "a")
     options = ("--lr_scheduler", "WSD", "--lr_scheduler.total", 4, "--lr_scheduler.shape", "1-sqrt")
-    given = ("--optimizer", "SGD", "--optimizer.lr", 0.01, *options, "--lr_scheduler.decay", 0.5)
+    given = ("--optimizer", "torch.optim.SGD", "--optimizer.lr", 0.01, *options, "--lr_scheduler.decay", 0.5)
     command(capsys, "--config", "sft", "--config", "tiny", *given, *more, "--run", "b")
     found = {}
     for name in "ab":

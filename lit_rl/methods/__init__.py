@@ -11,6 +11,7 @@ __all__ = [
     "RLOO",
     "SFT",
     "DrGRPO",
+    "Pretrain",
     "ReinforcePP",
     "ReinforcePPBaseline",
 ]
