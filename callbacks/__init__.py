@@ -9,6 +9,7 @@ from .garble import GarbleFilter
 from .off_policy import OffPolicyMixing
 from .reference import ReferenceRefresh
 from .rollout_stats import RolloutStats
+from .scaling_bench import ScalingBench
 from .sparse_attention import SparseAttention
 from .ternary import TernaryQAT
 from .voting import MajorityVote
@@ -25,6 +26,7 @@ __all__ = [
     "OffPolicyMixing",
     "ReferenceRefresh",
     "RolloutStats",
+    "ScalingBench",
     "SparseAttention",
     "TernaryQAT",
 ]

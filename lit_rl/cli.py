@@ -234,7 +234,7 @@ def run_cli(argv: list[str]) -> CLI:
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "lit-rl",
-                "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report.",
+                "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report, tunnel.",
             },
         )
     finally:

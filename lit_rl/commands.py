@@ -1,9 +1,10 @@
-"""The commands beside LightningCLI's: recipes, bootcamp, export, report."""
+"""The commands beside LightningCLI's: recipes, bootcamp, export, report, tunnel."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.resources
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,9 +94,50 @@ def report(argv: list[str]) -> None:
     print(write_report(args.run, args.out))
 
 
+def tunnel(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "lit-rl tunnel",
+        description="Searches options on narrow models, and runs wide ones with the best. Started again, it goes on.",
+        epilog="What follows -- is that of lit-rl fit: lit-rl tunnel runs/tunnel --search model.lr=1e-3:1e-1:log --narrow tiny:64"
+        " --wide tiny:256 -- --config pretrain --config mup --data.files '[corpus/*.txt]'",
+    )
+    parser.add_argument("folder", type=Path, help="of the search and its runs")
+    search = (
+        "an option with a range LOW:HIGH, LOW:HIGH:log, or values A,B,C; several of these; values alone are all tried"
+    )
+    parser.add_argument("--search", action="append", required=True, metavar="NAME=VALUES", help=search)
+    parser.add_argument(
+        "--narrow", nargs="+", required=True, metavar="MODEL", help="models, each with a search of its own"
+    )
+    parser.add_argument(
+        "--wide", nargs="*", default=[], metavar="MODEL", help="run with the best of the last narrow one"
+    )
+    parser.add_argument("--trials", type=int, default=20, help="of each search that has a range")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one run at a time")
+    parser.add_argument("--metric", default="val/loss", help="that counts: its last value in a run")
+    parser.add_argument("--maximize", action="store_true", help="the highest is the best")
+    own, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("lit-rl tunnel needs optuna: pip install 'lit-rl[tunnel]'")
+    from lit_rl import tunnel as wind
+    from lit_rl.cli import resolve
+
+    resolve(["fit", *words])  # complains of unknown recipes here
+    objective = wind.Fit(tuple(words), args.metric, args.maximize)
+    space = dict(wind.dimension(text) for text in args.search)
+    found = wind.tunnel(objective, space, args.folder, args.narrow, args.wide, args.trials, args.jobs)
+    for model, trials in found.items():
+        options, value = trials[0]
+        said = " ".join(f"{name}={value}" for name, value in options.items() if name != "model.model")
+        print(f"{model:24} {args.metric} {-value if args.maximize else value:.5g}  {said}  (of {len(trials)})")
+    print(f"lit-rl fit --config {args.folder / wind.BEST} has the best options")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "bootcamp": bootcamp,
     "export": export,
     "report": report,
+    "tunnel": tunnel,
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from lit_rl import jsonl
 from lit_rl.checks import require
 from lit_rl.entropy_law import student
 
@@ -28,6 +30,8 @@ def minicpm_batch(loss: float) -> float:
     return 1.21e9 / loss**6.24
 
 
+LOSS = "val/scaling_loss"
+"""What the ScalingBench callback logs."""
 FEWEST = 6
 """Points that a fit of a sigmoid needs: its three numbers, and three degrees of freedom for its interval."""
 STEPS = np.linspace(-1, 1, 9)
@@ -91,6 +95,17 @@ def sigmoid_fit(points: Points, floor: float = 0.0) -> Sigmoid:
         math.sqrt(squares / freedom),
         tuple(map(tuple, covariance.tolist())),
     )
+
+
+def scaling_points(runs: Iterable[str | Path], score: str = "val/pass@1") -> list[tuple[float, float]]:
+    """(loss, score) of each validation of these runs' folders. FileNotFoundError where a run has none with both."""
+    points = []
+    for run in runs:
+        found = [(r[LOSS], r[score]) for r in jsonl.read(Path(run) / "metrics.jsonl") if LOSS in r and score in r]
+        if not found:
+            raise FileNotFoundError(f"{run} holds no validation with {LOSS} (the ScalingBench callback's) and {score}")
+        points += found
+    return points
 
 
 def _share(slope, middle, x):  # type: ignore[no-untyped-def]  # of floats and arrays alike

@@ -29,7 +29,7 @@ TINY, SMOLLM2 = "tiny", "smollm2-135m"
 TINY_HEAD = 32
 """Width of an attention head of the tiny model."""
 EXPECTED = (
-    f"expected '{TINY}', '{TINY}:64' or another width, '{TINY}-qwen3' or another architecture, '{SMOLLM2}', a folder that "
+    f"expected '{TINY}', '{TINY}-qwen3' or another architecture, '{TINY}:64' or another width, '{SMOLLM2}', a folder that "
     "holds config.json, a .gguf file, or the id of a Hugging Face repository that the network or the local cache can reach"
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -68,6 +69,11 @@ class WSD(LRScheduler):
 
     def get_lr(self) -> list[Any]:
         return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
+
+    def step(self, epoch: Any = None) -> None:
+        with warnings.catch_warnings():  # a first step without anything to learn takes no optimizer step
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            super().step(epoch)
 
     def rewarm(self, warmup: int, peak: float = 1.0) -> None:
         """From the step that comes next the rate rises anew, in `warmup` steps, from what it is to `peak` times the highest

@@ -15,7 +15,7 @@ MAPPED = {
     "datamodules": "lit_rl.datamodules",
     "kernels": "lit_rl.kernels",
 }
-HEAVY = {"vllm", "wandb", "bitsandbytes", "peft", "matplotlib", "reasoning_gym", "transformers", "tokenizers"}
+HEAVY = {"optuna", "vllm", "wandb", "bitsandbytes", "peft", "matplotlib", "reasoning_gym", "transformers", "tokenizers"}
 LAYERS = [
     "kernels",
     "ops",

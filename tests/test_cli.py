@@ -13,6 +13,8 @@ from lit_rl.__main__ import main
 from lit_rl.commands import recipe_paths
 
 OVERLAYS = {name for name, path in recipe_paths().items() if path.read_text().startswith("# An overlay")}
+IMITATE = "sft", "ternary", "pretrain", "coordinate_check", "scaling_bench"
+"""Recipes without responses in training."""
 RECIPES = [[name] for name in recipe_paths() if name not in OVERLAYS] + [
     ["grpo", name] for name in sorted(OVERLAYS - {"tiny", *(["vllm"] if find_spec("vllm") is None else [])})
 ]
@@ -47,7 +49,7 @@ def test_every_recipe_runs_with_the_tiny_overlay(recipes, capsys):
     )
     steps = [r for r in jsonl.read(Path("r/metrics.jsonl")) if "loss" in r]
     assert len(steps) == 2
-    assert (recipes[0] in ("sft", "ternary", "pretrain", "coordinate_check")) != Path("r/completions.jsonl").exists()
+    assert (recipes[0] in IMITATE) != Path("r/completions.jsonl").exists()
     assert Path("r/checkpoints/last.ckpt").exists()
     assert Path("r/config.yaml").exists()
 
