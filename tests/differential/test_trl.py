@@ -75,7 +75,8 @@ def same(made, monkeypatch):
 
 def assert_same(got: list[Step], want: list[Step], scale: float = 1) -> None:
     for ours, theirs in zip(got, want, strict=True):
-        assert abs(scale * ours.loss - theirs.loss) < 1e-6 * scale * ours.size
+        # float32 rounds differently in packed attention, and a ratio of whole sequences adds that up over their tokens
+        assert abs(scale * ours.loss - theirs.loss) < 5e-6 * scale * ours.size
         assert 0 < (scale * ours.gradient - theirs.gradient).norm() < 5e-6 * theirs.gradient.norm()
 
 
