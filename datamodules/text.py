@@ -99,7 +99,7 @@ class Text(TaskData):
         policy = self._policy()
         end = policy.eos[:1]
         dtype = np.dtype(np.uint16 if max(len(policy.tokenizer), *end, 0) <= 2**16 else np.uint32)
-        about = {"dtype": dtype.name} | {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+        about = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
         files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
         documents = (text for path in self.files for text in _documents(path, self.separator) if text)
         try:
@@ -113,7 +113,7 @@ class Text(TaskData):
         finally:
             for file in files.values():
                 file.close()
-        (folder / ABOUT).write_text(json.dumps(about, indent=1))
+        (folder / ABOUT).write_text(json.dumps({"dtype": dtype.name, **about}, indent=1))
 
     def _split(self, text: str) -> str:
         place = int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64

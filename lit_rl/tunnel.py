@@ -100,8 +100,9 @@ def search(
     folder = Path(folder)
     (folder / name).mkdir(parents=True, exist_ok=True)
     study = _study(folder, name, space)
-    if all(isinstance(values, list) for values in space.values()):
-        combinations = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    choices = [values for values in space.values() if isinstance(values, list)]
+    if len(choices) == len(space):
+        combinations = [dict(zip(space, values, strict=True)) for values in product(*choices)]
         trials = len(combinations)
         with _lock(folder / ".lock"):
             for options in combinations:
