@@ -43,7 +43,7 @@ def tables(records: list[Record]) -> str:
 
 
 def main() -> None:
-    args = options(__doc__, steps=500, warm_steps=100)
+    args = options(__doc__, steps=100, warm_steps=100)
     records = []
     for seed in args.seeds:
         start = warm_start(args, seed, families=FAMILY, level=START)
