@@ -120,6 +120,9 @@ class SparseAttention(RLCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._forget()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._forget()  # there is no teardown then
+
     def _forget(self) -> None:
         if self._watch in sparse_attention.watchers:
             sparse_attention.watchers.remove(self._watch)

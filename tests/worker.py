@@ -259,7 +259,7 @@ def adaptive(ranks):
 def every_callback(ranks, strategy):
     ready = [c for c in CALLBACKS.values() if all(p.default != p.empty for p in signature(c).parameters.values())]
     ready = [c for c in ready if c not in (KLCov, TernaryQAT)]  # it refuses ClipCov; codes flip by float32's rounding
-    settings = {"minibatches": 2, "kl_coef": 0.0}
+    settings = {"minibatches": 2, "kl_coef": 0.01}
     result = learn(ranks, strategy, data=Answers, settings=settings, callbacks=[Letter, *ready])
     result["metrics"] = {name: result["metrics"][name] for name in ("loss", "reward", "grad_norm")}  # no times
     return result
