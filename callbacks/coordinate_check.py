@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lit_rl import sharding
 from lit_rl.checks import require
 from lit_rl.hooks import RLCallback
 
@@ -38,7 +39,7 @@ class CoordinateCheck(RLCallback):
         model = module.model
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(module.device)
-        with torch.autocast(module.device.type, enabled=False):
+        with torch.autocast(module.device.type, enabled=False), sharding.gathered(model):
             out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         names = ["embedding", *(f"layer-{i}" for i in range(1, len(out.hidden_states)))]
         return dict(zip(names, out.hidden_states, strict=True)) | {"logits": out.logits}

@@ -42,7 +42,7 @@ class ScalingBench(RLCallback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         x = pl_module.demonstrations([task for task in batch if task.responses])
-        self._loss -= float(pl_module.logps_of(pl_module.token_terms, x).double().sum())
+        self._loss -= float(pl_module.logps_of(pl_module.token_terms, x, 1.0).double().sum())
         self._tokens += float(x.mask.sum())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

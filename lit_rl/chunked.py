@@ -221,7 +221,7 @@ class Chunks:
         """x is the batch, and the weights are still those that have sampled the latest chunks (Algorithm 1, lines 15-17).
         `tasks`: as many are to be sampled ahead, over all ranks, at least."""
         if not policy.takes_sampler_logps:
-            self._record(partial(policy.logps_of, policy.token_terms, temperature=policy.temperature))
+            self._record(partial(policy.logps_of, policy.token_terms))
         counted = x.mask & x.valid[:, None] & ~x.off_policy[:, None]
         self.filtered += _own_tokens(x) - int(counted.sum())
         pending = sum(len(r.tokens) for one in self.pending for r in one.responses)

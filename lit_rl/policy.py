@@ -216,9 +216,16 @@ class Policy(InnerLoop, Actor):
             count += 1
         return [x.rows(sorted(part)) for part in slices]
 
+    @property
+    def temperature(self) -> float:
+        """Of the distribution that is trained."""
+        return 1.0
+
     @torch.no_grad()
-    def logps_of(self, forward: Forward, x: Experience, temperature: float = 1.0) -> Tensor:
-        """(N, T) log-probabilities under a model as it is, without gradient, slice by slice."""
+    def logps_of(self, forward: Forward, x: Experience, temperature: float | None = None) -> Tensor:
+        """(N, T) log-probabilities under a model as it is, without gradient, slice by slice; at the temperature that is
+        trained, if at no other."""
+        temperature = self.temperature if temperature is None else temperature
         result = torch.zeros(x.tokens.shape)
         x = Experience(**{**vars(x), "extra": {**x.extra, "_row": torch.arange(len(x))}})
         device = next(forward.model.parameters()).device

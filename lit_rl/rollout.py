@@ -206,11 +206,11 @@ class Rollout(Policy):
             several = self.epochs * self.minibatches > 1 or bool(stale.any())
             x.logps = None  # the loss takes its own, detached: the same numbers
             if self.old_logps == "recompute" or several or self.kl_in_reward:
-                now = self.logps_of(self.token_terms, x, self.temperature)
+                now = self.logps_of(self.token_terms, x)
                 x.logps = now if known is None else torch.where(stale, known, now)
         if self.kl_coef:
             with nullcontext() if self.reference is not None else adapters.disabled(self.model):
-                x.ref_logps = self.logps_of(self.reference_terms, x, self.temperature)
+                x.ref_logps = self.logps_of(self.reference_terms, x)
             if self.kl_in_reward and x.logps is not None:
                 divergence = objectives.kl(x.logps, x.ref_logps, x.mask, self.kl_estimator).sum(1)
                 x.rewards -= self.kl_coef * torch.where(x.off_policy, 0.0, divergence)  # of the policy's own samples

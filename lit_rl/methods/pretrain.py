@@ -52,7 +52,7 @@ class Pretrain(SFT):
     def evaluate(self, tasks: list[Task]) -> None:
         x = self.collect(tasks)
         scored = [task for task in tasks if task.score is not None]
-        seen = -float(self.logps_of(self.token_terms, x).double().sum()), float(x.mask.sum()), float(len(scored))
+        seen = -float(self.logps_of(self.token_terms, x, 1.0).double().sum()), float(x.mask.sum()), float(len(scored))
         self._held_out = [a + b for a, b in zip(self._held_out, seen, strict=True)]
         if scored:
             super().evaluate(scored)
