@@ -116,7 +116,7 @@ class TernaryQAT(L.Callback):
             ternary.convert(pl_module, self._chosen)
             self._scales = self._measure(trainer, pl_module)[1]
             every = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            mine = sum(pl_module.get_submodule(name).weight.numel() for name in self._chosen)  # type: ignore[operator,union-attr]
+            mine = sum(pl_module.get_submodule(name).weight.numel() for name in self._chosen)  # type: ignore[operator,union-attr,misc]
             rank_zero_info(
                 f"TernaryQAT: {len(self._chosen)} layers, {mine / every:.0%} of the weights, are ternary now"
             )

@@ -64,7 +64,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, 
 
     blocks (S, 3) int64: for each run of equally long segments, whether a prompt begins here, their count and their length.
     """
-    return attention.packed_attention(*_autocast(query, key, value), blocks, scale)
+    query, key, value = _autocast(query, key, value)
+    return attention.packed_attention(query, key, value, blocks, scale)
 
 
 def select_blocks(

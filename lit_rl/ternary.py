@@ -202,7 +202,8 @@ def dense_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """This state dict of the model, with the rounded weight of each ternary layer under the name of a linear layer's."""
     found = layers(model)
     inner = {f"{name}.{part}" for name in found for part in ("codes", "scales")}
-    rounded = {f"{n}.weight": dequantize(*layer.codes_and_scales(), model.dtype) for n, layer in found.items()}
+    parts = {name: layer.codes_and_scales() for name, layer in found.items()}
+    rounded = {f"{name}.weight": dequantize(codes, scales, model.dtype) for name, (codes, scales) in parts.items()}
     return {name: tensor for name, tensor in state.items() if name not in inner} | rounded
 
 
