@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_rl import ops, sharding, sparse_attention
 from lit_rl.experience import Experience, build
-from lit_rl.models import context_length
+from lit_rl.models import context_length, takes_attention
 
 TOLERANCE = 2e-3
 """Largest difference of a log-probability that still counts as the same in the check at first use, in float32."""
@@ -214,11 +214,7 @@ class Forward:
 
 def _replaceable(model: Any) -> bool:
     """Whether the model's attention is a plain softmax of SDPA's, which may be replaced."""
-    return (
-        getattr(model.config, "_attn_implementation", None) in ("sdpa", ATTENTION)
-        and all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
-        and getattr(model, "is_backend_compatible", bool)()
-    )
+    return getattr(model.config, "_attn_implementation", None) in ("sdpa", ATTENTION) and takes_attention(model)
 
 
 def _install(model: Any) -> None:

@@ -294,6 +294,14 @@ def context_length(model: PreTrainedModel) -> int:
     return 1 << 30
 
 
+def takes_attention(model: Any) -> bool:
+    """Whether the model's attention may be replaced by another that computes SDPA's plain softmax: without sinks or caps."""
+    return (
+        all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
+        and getattr(model, "is_backend_compatible", bool)()
+    )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to zero: in modules, in attributes such as `attention_dropout`, and in configs.
 

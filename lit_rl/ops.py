@@ -94,8 +94,7 @@ def _infllm(x: Tensor) -> Any:
 def ternary_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """x (M, in) times a packed ternary weight (out, in), transposed: (M, out), as `kernels.ternary` specifies it. Under
     autocast in its precision, as a linear layer."""
-    if torch.is_autocast_enabled(device := x.device.type):
-        x = x.to(torch.get_autocast_dtype(device))
+    (x,) = _autocast(x)
     if _takes_triton(x):
         from lit_rl.kernels import ternary_triton
 

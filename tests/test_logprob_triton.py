@@ -1,10 +1,8 @@
 """The head's Triton kernels: their numbers in Triton's interpreter, and that they compile for the GPUs they are meant for."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
@@ -13,14 +11,7 @@ from lit_rl.kernels import logprob
 
 
 def test_numbers():
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).with_name("triton_checks.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpreter.check("triton_checks.py")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -1,24 +1,12 @@
 """The ternary Triton kernel: its numbers in Triton's interpreter, and that it compiles for the GPUs it is meant for."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import interpreter
 import pytest
 import torch
 
 
 def test_numbers():
-    pytest.importorskip("triton")
-    checks = Path(__file__).with_name("triton_ternary_checks.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", checks],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpreter.check("triton_ternary_checks.py")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

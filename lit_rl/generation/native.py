@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from lit_rl import sparse_attention
 from lit_rl.generation.base import Completion, Sampling
 from lit_rl.generation.sampling import draw, uniforms
+from lit_rl.models import takes_attention
 
 GROWTH = 16  # columns that a full cache grows by, or an eighth of its length: reading past wide gaps is slow on a CPU
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of forward's argument and its output's field, newest first
@@ -406,8 +407,7 @@ def _shareable(model: Any, layers: list[tuple[Tensor, Tensor]]) -> bool:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return (
         config._attn_implementation != sparse_attention.NAME
-        and all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
-        and getattr(model, "is_backend_compatible", bool)()
+        and takes_attention(model)
         and all(x.dtype == torch.float32 and x.shape[1] == heads for pair in layers for x in pair)
     )
 

@@ -67,16 +67,18 @@ def same(made, monkeypatch):
         steps = dict(num_iterations=iterations, steps=iterations, length=length)
         want, _ = trl(folder, rows, loss_type=loss_type, **{**clip, **steps, **theirs})
         got = lit(folder, rows, length=length, **{**settings, "epochs": iterations, "clip_high": 0.28, **ours})
-        assert_same(got.steps, want, scale * factor)
+        # what float32 rounds in packed attention, a ratio of whole sequences adds up over their tokens
+        mode = theirs.get("vllm", {}).get("vllm_importance_sampling_mode", "")
+        whole = loss_type == "vespo" or mode.startswith("sequence")
+        assert_same(got.steps, want, scale * factor, 5e-6 if whole else 1e-6)
         return got
 
     return run
 
 
-def assert_same(got: list[Step], want: list[Step], scale: float = 1) -> None:
+def assert_same(got: list[Step], want: list[Step], scale: float = 1, loss: float = 1e-6) -> None:
     for ours, theirs in zip(got, want, strict=True):
-        # float32 rounds differently in packed attention, and a ratio of whole sequences adds that up over their tokens
-        assert abs(scale * ours.loss - theirs.loss) < 5e-6 * scale * ours.size
+        assert abs(scale * ours.loss - theirs.loss) < loss * scale * ours.size
         assert 0 < (scale * ours.gradient - theirs.gradient).norm() < 5e-6 * theirs.gradient.norm()
 
 
