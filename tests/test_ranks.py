@@ -92,6 +92,13 @@ def test_the_uneven_cases_are_uneven(two):
     assert len(one("a loss that is not finite")["gradients"]) == 1
     assert one("further rounds")["metrics"]["dynamic_sampling/rounds"] > 1
     assert one("levels")["metrics"]["level/sort-numbers"] == 2
+    assert one("sparse attention")["own"]["metrics"]["sparse_attention/recall"] < 0.9
+    for strategy in worker.STRATEGIES:
+        for straight, _ in two("resume sparse attention", strategy)[0].values():
+            assert straight["metrics"]["sparse_attention/recall"] < 0.9
+        for case in ("resume before ternary", "resume ternary"):
+            for straight, _ in two(case, strategy)[0].values():
+                assert straight["metrics"]["ternary/flips"] > 0
 
 
 @pytest.mark.parametrize("case", [case for case, strategy in PAIRS if strategy == "fsdp2"])
@@ -103,13 +110,14 @@ def test_a_batch_gathers_each_sharded_model_once(case, two):
 
 
 @pytest.mark.parametrize("strategy", worker.STRATEGIES)
-@pytest.mark.parametrize("case", ["resume", "resume chunks", "resume adapters"])
+@pytest.mark.parametrize("case", [case for case in worker.OTHERS if case.startswith("resume")])
 def test_resume_is_exact_on_each_rank(case, strategy, two):
     for rank, result in enumerate(two(case, strategy)):
         for name, (straight, resumed) in result.items():
             assert torch.equal(straight["weights"], resumed["weights"]), name
             assert straight["own"]["tasks"] == resumed["own"]["tasks"], "the callback's state and the place in the data"
             assert straight["own"]["tokens"] == resumed["own"]["tokens"], "the engine's state"
+            assert resumed["metrics"].items() <= straight["metrics"].items(), name
             if case != "resume chunks":  # whose further prompts are any rank's
                 assert {int(task) % 2 for task in resumed["own"]["tasks"]} == {rank}
 

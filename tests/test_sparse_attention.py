@@ -1,13 +1,18 @@
 """InfLLM-v2 inside transformers' models: training, generation, the callback; against the twin and against dense attention."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import lightning.pytorch as L
 import pytest
 import torch
 import transformers
-from test_policy import trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_gradients import errors, exact  # noqa: F401  (a fixture)
+from test_gradients import gradients as trained
+from test_policy import Letters, trainer, weights
+from test_resume import INNER, policy
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from worker import FEW
 
 from lit_rl import GRPO, RLCallback, Sampling, models, ops, sparse_attention
 from lit_rl.callbacks import SparseAttention
@@ -252,9 +257,62 @@ def test_it_begins_at_its_step_and_a_reference_follows():
     assert "infllm_v2" not in watch.names[:2]
 
 
-def test_a_run_without_long_sequences_is_told_so():
-    with pytest.warns(UserWarning, match="changed nothing: no training sequence had more than 8191 tokens"):
-        learn(SparseAttention())
+@pytest.fixture
+def left_out():
+    """How many blocks of its past each query of a training forward did not see, in all."""
+    counts = []
+
+    def watch(module, q, k, v, blocks, seqs, settings, scale):
+        if q.requires_grad:
+            past = seqs.queries()[2] // settings.block_size + 1
+            counts.append(int((past[:, None] - (blocks >= 0).sum(-1)).sum()))
+
+    sparse_attention.watchers.append(watch)
+    yield counts
+    sparse_attention.watchers.remove(watch)
+
+
+def test_the_gradient_does_not_depend_on_the_split(exact, left_out):  # noqa: F811
+    """In float64, where rounding does not choose other blocks."""
+
+    def run(**settings):
+        return trained(GRPO, "64-true", callbacks=[SparseAttention(FEW)], **INNER[1], **settings)
+
+    whole, rows = run(), len(left_out)
+    for tokens in (1, 60):
+        split = run(microbatch_tokens=tokens)
+        assert max(split.slices) > max(whole.slices) == 1
+        assert max(errors(split, whole)) < 1e-12
+    assert min(left_out[:rows]) > 100, "the test is too easy"
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_it_resumes(stop, left_out):
+    """From before its start, at it and after it."""
+    saver = ModelCheckpoint("saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def fit(*callbacks, seed=0, ckpt=None):
+        module, attention = policy(GRPO, seed), SparseAttention(FEW, start_step=2, every_n_steps=1)
+        run = trainer(max_steps=5, callbacks=[attention, *callbacks], enable_checkpointing=bool(callbacks))
+        run.fit(module, Letters(), ckpt_path=ckpt)
+        steps, names = len(left_out), ("loss", "sparse_attention/recall", "sparse_attention/visible")
+        assert all(left_out)
+        left_out.clear()
+        return weights(module), steps, {name: float(run.callback_metrics[name]) for name in names}
+
+    straight, steps, numbers = fit(saver)
+    resumed, fewer, again = fit(seed=1, ckpt=f"saved/step={stop}.ckpt")
+    assert steps == 3 * 2, "of two layers"
+    assert fewer == min(3, 5 - stop) * 2
+    assert torch.equal(resumed, straight)
+    assert again == numbers
+    assert numbers["sparse_attention/recall"] < 0.9
+
+
+@pytest.mark.parametrize(("settings", "reach"), [(None, 8191), (replace(SMALL, topk=64), 520)])
+def test_a_run_without_sequences_longer_than_what_is_seen_is_told_so(settings, reach):
+    with pytest.warns(UserWarning, match=f"changed nothing: no training sequence had more than {reach} tokens"):
+        learn(SparseAttention(settings))
 
 
 class Stranger(L.LightningModule):

@@ -18,15 +18,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rl import LoRA, RLCallback, Sampling, Task, Verdict, sharding
-from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing, TernaryQAT
+from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing, SparseAttention, TernaryQAT
 from lit_rl.cli import CALLBACKS, METHODS
 from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
+from lit_rl.kernels.infllm import Settings
 
 RUNS = count()
 BATCH = 4
 """Tasks a step, over all ranks."""
+FEW = Settings(kernel_size=2, kernel_stride=1, block_size=4, init_blocks=0, window_size=0, topk=2, dense_len=-1)
+"""A query sees eight tokens at most, and prompts alone have ten and more."""
+CHEAP = {"group": 4, "kl_coef": 0.0, "old_logps": "sampler"}
 STRATEGIES = {
     "ddp": lambda **kwargs: DDPStrategy(timeout=timedelta(seconds=60)),
     "fsdp2": lambda **kwargs: sharding.FSDP2(timeout=timedelta(seconds=60), **kwargs),
@@ -205,7 +209,7 @@ def learn(ranks, strategy, method="GRPO", data=(), settings=(), callbacks=(), fi
         "weights": flat(trained(module)),
         "moved": flat(trained(module)) - before,
         "models": sum(map(sharding.is_sharded, module.children())),
-        "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items() if not k.startswith("seconds/")},
         "own": own,
     }
 
@@ -260,15 +264,30 @@ def every_callback(ranks, strategy):
     ready = [c for c in CALLBACKS.values() if all(p.default != p.empty for p in signature(c).parameters.values())]
     ready = [c for c in ready if c not in (KLCov, TernaryQAT)]  # it refuses ClipCov; codes flip by float32's rounding
     settings = {"minibatches": 2, "kl_coef": 0.01}
-    result = learn(ranks, strategy, data=Answers, settings=settings, callbacks=[Letter, *ready])
-    result["metrics"] = {name: result["metrics"][name] for name in ("loss", "reward", "grad_norm")}  # no times
+    return measured(learn(ranks, strategy, data=Answers, settings=settings, callbacks=[Letter, *ready]))
+
+
+def sparse(ranks, strategy):
+    """In float64, since rounding would choose other blocks."""
+    attention = partial(SparseAttention, FEW, every_n_steps=1)
+    return measured(learn(ranks, strategy, settings={"dtype": "float64", **CHEAP}, callbacks=[attention]))
+
+
+def measured(result):
+    """What is measured of each rank's own slices is its own."""
+    result["own"]["metrics"] = result["metrics"]
+    result["metrics"] = {name: result["metrics"][name] for name in ("loss", "reward", "grad_norm")}
     return result
 
 
-EQUAL |= {"levels": case(data=adaptive, callbacks=[Letter, Praise]), "every callback": every_callback}
+EQUAL |= {
+    "levels": case(data=adaptive, callbacks=[Letter, Praise]),
+    "every callback": every_callback,
+    "sparse attention": sparse,
+}
 
 
-def resume(ranks, strategy, name="resume", **kwargs):
+def resume(ranks, strategy, name="resume", extra=(), **kwargs):
     """Four steps, and the last two of them again from a checkpoint; whole files, and shards where there are any."""
     result = {}
     for sharded in (False, True)[: 1 + (strategy == "fsdp2" and not kwargs)]:
@@ -279,7 +298,7 @@ def resume(ranks, strategy, name="resume", **kwargs):
             plain = policy()
             settings = {"generator": Counting(plain.eos, 0, plain.decode), **kwargs}
             common = {"max_steps": 4, "enable_checkpointing": bool(callbacks), "sharded": sharded}
-            return learn(ranks, strategy, "GRPO", (), settings, callbacks, fit, export, **common)
+            return learn(ranks, strategy, "GRPO", (), settings, [*callbacks, *extra], fit, export, **common)
 
         straight = run([lambda saver=saver: saver], export=folder / "exported")
         result[str(folder)] = straight, run(fit={"ckpt_path": folder / "step=2.ckpt"})
@@ -309,6 +328,11 @@ OTHERS = {
     "resume": resume,
     "resume chunks": partial(resume, name="chunks", chunk=2),
     "resume adapters": partial(resume, name="adapters", lora=LoRA(rank=4)),
+    "resume before ternary": partial(resume, name="dense", extra=[partial(TernaryQAT, start_step=3, rewarm_steps=1)]),
+    "resume ternary": partial(resume, name="ternary", extra=[partial(TernaryQAT, start_step=1, rewarm_steps=2)]),
+    "resume sparse attention": partial(
+        resume, name="sparse", extra=[partial(SparseAttention, FEW, start_step=1, every_n_steps=1)], **CHEAP
+    ),
     "evaluate": evaluate,
 }
 CASES = EQUAL | OTHERS
