@@ -40,10 +40,11 @@ STEPS = np.linspace(-1, 1, 9)
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """score = floor + (top - floor) / (1 + e^(slope (loss - middle))), ScalingBench's law (MiniCPM4, arXiv 2506.07900).
-    Called with a loss, it is the predicted score."""
+    """score = floor + c / (1 + e^(slope (loss - middle))), ScalingBench's law (MiniCPM4, arXiv 2506.07900), where c makes it
+    `top` at a loss of 0. Called with a loss, it is the predicted score."""
 
     top: float
+    """The score at a loss of 0. (c may be larger than 1: with a middle far below 0 the curve is all but e^(-slope loss).)"""
     slope: float
     middle: float
     floor: float
@@ -66,7 +67,7 @@ class Sigmoid:
 
 
 def sigmoid_fit(points: Points, floor: float = 0.0) -> Sigmoid:
-    """Least squares on pairs of loss and score, a share. The curve falls with the loss from a top of at most 1 to `floor`, the
+    """Least squares on pairs of loss and score, a share. The curve falls from a top of at most 1, at a loss of 0, to `floor`, the
     score of chance. Pairs with a number that is not finite do not count. Losses compare only between models of one vocabulary.
 
     Raises ValueError where there are fewer than 6 pairs, or where losses or scores are all the same.
@@ -109,7 +110,8 @@ def scaling_points(runs: Iterable[str | Path], score: str = "val/pass@1") -> lis
 
 
 def _share(slope, middle, x):  # type: ignore[no-untyped-def]  # of floats and arrays alike
-    return 0.5 - 0.5 * np.tanh(slope * (x - middle) / 2)
+    """Of what the curve is at a loss of 0."""
+    return np.exp(np.logaddexp(0.0, -slope * middle) - np.logaddexp(0.0, slope * (x - middle)))
 
 
 def _height(share: np.ndarray, y: np.ndarray, most: float) -> np.ndarray:
@@ -120,8 +122,10 @@ def _height(share: np.ndarray, y: np.ndarray, most: float) -> np.ndarray:
 def _derivatives(height: float, slope: float, middle: float, x: np.ndarray) -> np.ndarray:
     """(points, 3): by height, slope and middle."""
     s = _share(slope, middle, x)
-    inner = height * s * (1 - s)
-    return np.stack([s, -inner * (x - middle), inner * slope], axis=1)
+    here, zero = (np.exp(-np.logaddexp(0.0, -slope * (at - middle))) for at in (x, 0.0))
+    return np.stack(
+        [s, -height * s * ((x - middle) * here + middle * zero), height * s * slope * (here - zero)], axis=1
+    )
 
 
 def _search(x: np.ndarray, y: np.ndarray, most: float) -> tuple[float, float]:
@@ -130,7 +134,7 @@ def _search(x: np.ndarray, y: np.ndarray, most: float) -> tuple[float, float]:
     reach = np.array([3.5, 2.0 * np.ptp(x)])
     for _ in range(100):
         log_slopes, middles = log_slope + reach[0] * STEPS, middle + reach[1] * STEPS
-        shares = _share(np.exp(log_slopes)[:, None, None], middles[:, None], x)  # (slopes, middles, points)
+        shares = _share(np.exp(log_slopes)[:, None, None], middles[None, :, None], x)  # (slopes, middles, points)
         errors = ((y - _height(shares, y, most)[..., None] * shares) ** 2).sum(-1)
         i, j = np.unravel_index(errors.argmin(), errors.shape)
         log_slope, middle, reach = log_slopes[i], middles[j], reach * 0.85

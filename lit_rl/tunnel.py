@@ -14,6 +14,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,7 @@ def tunnel(
     `folder`/best.yaml."""
     require(bool(narrow), "narrow", narrow, "one or more models")
     require(bool(space), "the search", space, "one or more options")
+    require(not set(narrow) & set(wide), "wide", list(wide), f"other models than those of narrow, {list(narrow)}")
     folder = Path(folder)
     found = {}
     for model in narrow:
@@ -220,7 +222,9 @@ def tunnel(
     _overlay(best, folder / BEST)
     if wide:
         fixed: Space = {key: [value] for key, value in best.items()}
-        for options, value in search(objective, {**fixed, option: list(wide)}, folder, "transfer", jobs=jobs):
+        space = {**fixed, option: list(wide)}
+        digest = blake2b(json.dumps(space).encode(), digest_size=4).hexdigest()  # a search that goes on may find others
+        for options, value in search(objective, space, folder, f"transfer-{digest}", jobs=jobs):
             found[options[option]] = [(options, value)]
     (folder / REPORT).write_text(json.dumps({"best": best, "trials": found}, indent=1))
     return found

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from lit_rl.entropy_law import student
 from lit_rl.laws import minicpm_batch, sigmoid_fit, step_law
 
 
@@ -41,7 +42,7 @@ def test_a_sigmoid_without_noise_is_found(truth):
     points = [(x, curve(x, **truth)) for x in np.linspace(0.1, 1.4, 14)] + [(math.nan, 0.1), (0.2, math.inf)]
     fit = sigmoid_fit(points, truth.get("floor", 0.0))
     assert (fit.top, fit.slope, fit.middle) == pytest.approx(
-        [{"top": 0.9, "slope": 6.0, "middle": 0.5, **truth}[name] for name in ("top", "slope", "middle")], rel=1e-3
+        [curve(0.0, **truth), *({"slope": 6.0, "middle": 0.5, **truth}[name] for name in ("slope", "middle"))], rel=1e-3
     )
     assert [fit(x) for x, _ in points[:14]] == pytest.approx([y for _, y in points[:14]], abs=1e-5)
     assert fit.interval(0.0) < 1e-4
@@ -64,10 +65,40 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert fit.interval(0.35) < fit.interval(0.1) < fit.interval(0.0), "wider where there are no points"
 
 
-def test_a_top_is_at_most_one():
+def test_the_top_is_at_most_one():
     fit = sigmoid_fit((x, curve(x, top=1.3)) for x in np.linspace(0.45, 1.2, 10))
-    assert fit.top == 1.0
-    assert fit(-10.0) == pytest.approx(1.0)
+    assert fit.top == fit(0.0) == 1.0
+    assert fit.interval(0.0) == 0.0
+
+
+def test_what_falls_exponentially_is_found_beyond_the_points():
+    """As the share of answers without a mistake does where each token may be one, up to 1 at a loss of 0."""
+    random = np.random.default_rng(0)
+    fit = sigmoid_fit((x, math.exp(-8 * x) + random.normal(0, 0.005)) for x in np.linspace(0.1, 0.8, 30))
+    for x in (0.0, 0.03, 0.06):
+        assert abs(fit(x) - math.exp(-8 * x)) < min(0.1, 1e-9 + fit.interval(x)), x
+
+
+@pytest.mark.parametrize("top", [0.9, 1.3])
+def test_the_interval_is_by_the_derivatives(top):
+    """By differences, of the curve that the fit's numbers make, where its top is free and where it is at its bound."""
+    points = [(x, curve(x, top) + 0.01 * math.sin(50 * x)) for x in np.linspace(0.4, 1.2, 12)]
+    fit = sigmoid_fit(points)
+    numbers, free = np.array([fit.top, fit.slope, fit.middle]), slice(int(fit.top == 1), 3)
+
+    def made(numbers, x):
+        top, slope, middle = numbers
+        return top * (1 + math.exp(-slope * middle)) / (1 + math.exp(slope * (x - middle)))
+
+    def derivatives(x):
+        return np.array([(made(numbers + d, x) - made(numbers - d, x)) / 2e-6 for d in 1e-6 * np.eye(3)])[free]
+
+    columns = np.array([derivatives(x) for x, _ in points])
+    around = derivatives(0.2) @ np.linalg.inv(columns.T @ columns) @ derivatives(0.2)
+    spread = math.sqrt(sum((made(numbers, x) - y) ** 2 for x, y in points) / fit.freedom)
+    assert (fit.top == 1) == (top > 1)
+    assert fit(0.2) == pytest.approx(made(numbers, 0.2))
+    assert fit.interval(0.2) == pytest.approx(student(fit.freedom) * spread * math.sqrt(around), rel=1e-4)
 
 
 @pytest.mark.parametrize(

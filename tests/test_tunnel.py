@@ -116,6 +116,19 @@ def test_the_best_of_the_last_narrow_model_is_what_the_wide_ones_get():
     assert json.loads(Path("t/tunnel.json").read_text())["best"] == best
     with pytest.raises(ValueError, match="t holds a search of another space"):
         tunnel(width, {"lr": [1e-4]}, "t", ["narrow"])
+    with pytest.raises(ValueError, match=r"wide is \['narrow'\]: it must be other models"):
+        tunnel(width, space, "t", ["narrow"], ["narrow"])
+
+
+def test_a_search_that_goes_on_transfers_the_better_options_that_it_finds():
+    found, space = {}, {"lr": Range(1e-5, 1.0, log=True)}
+    for trials in (2, 12):
+        found[trials] = tunnel(width, space, "t", ["narrow"], ["wide"], trials)
+        (options, value), (best, _) = found[trials]["wide"][0], found[trials]["narrow"][0]
+        assert options == {"lr": best["lr"], "model.model": "wide"}
+        assert value == width(options, None)
+    assert found[12]["narrow"][0][1] < found[2]["narrow"][0][1]
+    assert tunnel(width, space, "t", ["narrow"], ["wide", "wider"], 12)["wide"] == found[12]["wide"]
 
 
 def never(options, folder):
@@ -164,7 +177,8 @@ def test_on_the_command_line(capsys):
     losses = {p.parent.name: jsonl.read(p)[-1]["val/loss"] for p in Path("t/search-tiny-32").glob("*/metrics.jsonl")}
     best = json.loads(Path("t/tunnel.json").read_text())["best"]["model.lr"]
     assert best == [1e-4, 1e-2][losses["1"] < losses["0"]]
-    (row,) = [r for r in jsonl.read(Path("t/transfer/0/metrics.jsonl")) if "val/loss" in r]
+    (transfer,) = Path("t").glob("transfer-*/0/metrics.jsonl")
+    (row,) = [r for r in jsonl.read(transfer) if "val/loss" in r]
     more = ("--config", "t/best.yaml", "--model.model", "tiny:64", "--run", "r")
     code, text = run(capsys, "fit", *SHORT, *more)
     assert code == 0, text
