@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,7 +22,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rl import SFT, Sampling, jsonl
-from lit_rl.charts import HEIGHT, WIDTH, Points, axes, polylines, smooth, thin
+from lit_rl.charts import HEIGHT, WIDTH, Points, axes, dots, finite, polylines, smooth, thin
 from lit_rl.datamodules import Bootcamp
 from lit_rl.run import METRICS, RunLogger
 
@@ -42,7 +42,7 @@ COLORS = "#0072b2", "#d55e00", "#009e73", "#b8578f", "#a87900", "#6b6b6b"
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b6570}.title{font-size:13px;font-weight:600;fill:#1c2126}"
     "line{stroke:#dfe3e8}.zero{stroke:#5b6570}.raw{stroke-width:1;stroke-opacity:.3}"
-    "polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}"
+    "polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}circle{fill:var(--c)}"
 )
 Record = dict[str, Any]
 """Of one run: arm, seed, test (numbers on held-out tasks), curves ({name: [[step, value]]}), cpu_seconds."""
@@ -105,6 +105,12 @@ def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, mo
     return str(folder / model)
 
 
+def folder_of(args: argparse.Namespace, name: str, arm: str, seed: int) -> Path:
+    """Where a run keeps its metrics."""
+    folder: Path = args.work / name / arm.replace(" ", "-") / str(seed)
+    return folder
+
+
 def run(
     args: argparse.Namespace,
     name: str,
@@ -119,7 +125,7 @@ def run(
 ) -> Record:
     """Trains one arm of the reproduction `name` and tests it on `data`, and on `tests`, whose numbers get their key as a
     prefix. With no steps it tests what the arm begins with."""
-    folder = args.work / name / arm.replace(" ", "-") / str(seed)
+    folder = folder_of(args, name, arm, seed)
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.process_time()
     L.seed_everything(seed, verbose=False)
@@ -199,18 +205,22 @@ def _cell(records: list[Record], value: Callable[[Record], float]) -> str:
         return "–"
 
 
-def plot(path: Path, panels: dict[str, dict[str, list[Points]]]) -> None:
-    """SVG: panels {title: {label: one curve a seed}} in a row. Pale lines are seeds, the strong one is their mean."""
+def plot(path: Path, panels: dict[str, dict[str, list[Points]]], by: str = "step", dotted: Container[str] = ()) -> None:
+    """SVG: panels {title: {label: one curve a seed}} in a row. Pale lines are seeds, the strong one is their mean; of labels
+    that are `dotted`, every point is a dot."""
     drawn = []
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
     for i, (title, panel) in enumerate(panels.items()):
         points = [p for curves in panel.values() for curve in curves for p in curve]
         xs = [a for a, _ in points] or [0.0]
-        svg, x, y = axes("step", min([0.0, *xs]), max(xs), [b for _, b in points], smallest=1.0)
+        svg, x, y = axes(by, min([0.0, *xs]), max(xs), finite(points), smallest=float(by == "step"))
         for label, curves in panel.items():
-            smoothed = [_smooth(curve) for curve in curves]
-            marks = "".join(polylines([(x(a), y(b)) for a, b in thin(curve)], "raw") for curve in smoothed)
-            marks += polylines([(x(a), y(b)) for a, b in _mean(smoothed)])
+            if label in dotted:
+                marks = "".join(dots(curve, x, y, 2) for curve in curves)
+            else:
+                smoothed = [_smooth(curve) for curve in curves]
+                marks = "".join(polylines([(x(a), y(b)) for a, b in thin(curve)], "raw") for curve in smoothed)
+                marks += polylines([(x(a), y(b)) for a, b in _mean(smoothed)])
             svg.append(f'<g style="--c:{COLORS[labels.index(label) % len(COLORS)]}">{marks}</g>')
         heading = f'<text class="title" x="12" y="-8">{escape(title)}</text>'
         drawn.append(f'<g transform="translate({i * WIDTH},30)">{heading}{"".join(svg)}</g>')

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from common import Record, curves, jsonl, options, plot, save, table, trainer
+from common import Record, curves, folder_of, jsonl, options, plot, save, table, trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -115,7 +115,7 @@ def warm_start(seed: int, steps: int, batch: int, folder: Any) -> LlamaForCausal
 
 
 def run(args: Any, arm: str, seed: int, steps: int) -> Record:
-    begin, folder = time.process_time(), args.work / NAME / arm.replace(" ", "-") / str(seed)
+    begin, folder = time.process_time(), folder_of(args, NAME, arm, seed)
     shutil.rmtree(folder, ignore_errors=True)
     lm = copy.deepcopy(warm_start(seed, args.warm_steps, 2 * args.batch, folder.parent / f"warm-{seed}"))
     attention, callbacks = ARMS[arm]
