@@ -24,4 +24,4 @@ PY
 fi
 # Compiling vLLM's few small kernels takes longer than all tests.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TORCH_COMPILE_DISABLE=1
-exec $python -m pytest tests/test_vllm.py tests/test_vllm_server.py "$@"
+exec $python -m pytest tests/test_vllm.py tests/test_vllm_ranks.py tests/test_vllm_server.py "$@"

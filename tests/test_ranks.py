@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,12 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The cases, run by two ranks: two(case, strategy) -> [rank 0's result, rank 1's]; two.folder is where they wrote."""
-    folder = tmp_path_factory.mktemp("ranks")
+def run_by_two(script, folder):
+    """The cases of a script, run by two ranks: -> results(case, strategy) -> [rank 0's, rank 1's], which are read there."""
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, worker.__file__],
+            [sys.executable, script],
             cwd=folder,
             env=env | {"LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
@@ -57,6 +56,13 @@ def two(tmp_path_factory):
         assert not any(isinstance(result, str) for result in both), "\n".join(map(str, both))
         return both
 
+    return results
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    results = run_by_two(worker.__file__, folder)
     results.folder = folder
     return results
 
@@ -70,9 +76,8 @@ def distance(got, want):
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize(("case", "strategy"), PAIRS)
-def test_two_ranks_learn_what_one_process_does(case, strategy, two):
-    want, (got, other) = one(case), two(case, strategy)
+def assert_equal(want, got, other):
+    """What one process learned, and what each of two ranks did."""
     assert torch.equal(got["weights"], other["weights"])
     assert len(got["gradients"]) == len(want["gradients"]) > 0
     assert distance(got["gradients"][0], want["gradients"][0]) < FIRST
@@ -80,6 +85,11 @@ def test_two_ranks_learn_what_one_process_does(case, strategy, two):
     assert distance(got["moved"], want["moved"]) < MOVED
     assert sorted(got["own"]["tasks"] + other["own"]["tasks"]) == sorted(want["own"]["tasks"])
     assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("case", "strategy"), PAIRS)
+def test_two_ranks_learn_what_one_process_does(case, strategy, two):
+    assert_equal(one(case), *two(case, strategy))
 
 
 def test_the_uneven_cases_are_uneven(two):
@@ -153,6 +163,12 @@ def test_evaluation_counts_each_task_once(strategy, two):
     assert [len(got["predictions"]) for got in both] == [6, 4]
     key = lambda record: (record["task"], record["response"])  # noqa: E731
     assert sorted(map(key, both[0]["predictions"] + both[1]["predictions"])) == sorted(map(key, want["predictions"]))
+
+
+def test_a_block_runs_on_one_rank_at_a_time(two):
+    spans = sorted(span for rank in two("one at a time", "ddp") for span in rank)
+    assert len(spans) == 20
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])

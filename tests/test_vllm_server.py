@@ -1,16 +1,20 @@
-"""A real `vllm serve` takes our weights, says what we would, and may be killed."""
+"""Real `vllm serve`s take our weights, say what we would, and may be killed."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
 from importlib.util import find_spec
+from itertools import count
 
 import pytest
+import test_vllm_ranks
+import worker
+from test_ranks import assert_equal, free_port, run_by_two
 from test_vllm import PROMPTS, gap, learn, seeds, tiny
 
-from lit_rl import Sampling, VLLMServer
+from lit_rl import Sampling, VLLMServer, models
+from lit_rl.generation.vllm_transfer import Stream
 
 # The package for CPUs has another name than the command asks for.
 SERVE = """import importlib.metadata as metadata, sys
@@ -22,12 +26,12 @@ if __name__ == "__main__":
 """
 
 
-def serve(script, port):
+def serve(script, port, *more):
     script.write_text(SERVE)
     options = f"--port {port} --host 127.0.0.1 --logprobs-mode processed_logprobs --enable-scale-out --enforce-eager"
     small = f"--kv-cache-memory-bytes {2**26} --max-model-len 256 --dtype float32"
     return subprocess.Popen(
-        [sys.executable, script, "serve", "model", *options.split(), *small.split()],
+        [sys.executable, script, "serve", "model", *options.split(), *small.split(), *more],
         env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
         start_new_session=True,
     )
@@ -41,29 +45,71 @@ def kill(process):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: bash scripts/vllm.sh")
-def test_a_server_has_our_weights_also_after_it_was_killed(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    generator = VLLMServer(f"http://127.0.0.1:{port}", "weights", max_model_len=256, timeout=120)
+def test_servers_have_our_weights_whatever_happens(tmp_path, monkeypatch):
+    """One of them takes weights over TCP, the other reads them from a folder."""
+    ports = [free_port() for _ in range(2)]
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    generator = VLLMServer(urls, "weights", max_model_len=256, timeout=120)
     actor = tiny(generator)
-    from lit_rl import models
-
     models.export(actor.model, actor.tokenizer, "model")
-    processes = [serve(tmp_path / "serve.py", port)]
+    script, streaming = tmp_path / "serve.py", (ports[0], "--weight-transfer-config", '{"backend": "lit_rl"}')
+    processes = [serve(script, *streaming), serve(script, ports[1])]
+
+    def assert_ours(sampling):
+        assert gap(actor, generator.generate(PROMPTS, seeds(), sampling), sampling) < 1e-4
+
     try:
         for _ in range(2):
             learn(actor.model)
-            generator.sync(actor.model)
+            with pytest.warns(UserWarning, match=f"{urls[1]} takes weights by no --weight.* through the folder"):
+                generator.sync(actor.model)
             for sampling in (Sampling(16), Sampling(16, temperature=0.7)):
-                assert gap(actor, generator.generate(PROMPTS, seeds(), sampling), sampling) < 1e-4
-        want = generator.generate(PROMPTS, seeds(), Sampling(200))
+                assert_ours(sampling)
 
+        learn(actor.model)  # and the network fails in the middle of it
+        send, sent = Stream.broadcast, count()
+
+        def interrupted(*args):
+            if next(sent) == 5:
+                raise ConnectionError("the cable was pulled")
+            send(*args)
+
+        monkeypatch.setattr(Stream, "broadcast", interrupted)
+        with pytest.warns(UserWarning, match="the cable was pulled.*again"):
+            generator.sync(actor.model)
+        assert_ours(Sampling(16))
+
+        monkeypatch.setenv("VLLM_URL", urls[0])
+        two, one = run_by_two(test_vllm_ranks.__file__, tmp_path), test_vllm_ranks.learn(1, "")
+        for strategy in worker.STRATEGIES:
+            assert_equal(one, *two("vllm", strategy))
+
+        with pytest.warns(UserWarning, match=f"{urls[0]} has other weights by now.*again"):  # those of the two ranks
+            want = generator.generate(PROMPTS, seeds(), Sampling(200))
         kill(processes[0])
-        threading.Timer(1, lambda: processes.append(serve(tmp_path / "serve.py", port))).start()
+        threading.Timer(1, lambda: processes.append(serve(script, *streaming))).start()
         with pytest.warns(UserWarning, match="Connection refused.*again"):
             got = generator.generate(PROMPTS, seeds(), Sampling(200))
         assert [[c.tokens.tolist() for c in row] for row in got] == [[c.tokens.tolist() for c in row] for row in want]
     finally:
         for process in processes:
             kill(process)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (None, "by no --weight-transfer-config, neither by nccl nor by lit_rl"),
+        ("ipc", "by ipc, neither by nccl nor by lit_rl"),
+        ("nccl", "by nccl, from GPU to GPU, and the model is not on one"),
+    ],
+)
+def test_weights_that_have_no_way_to_a_server_are_an_error(backend, message, monkeypatch):
+    generator = VLLMServer("http://127.0.0.1:8000")
+    config = {"model_config": {"logprobs_mode": "processed_logprobs"}}
+    config["weight_transfer_config"] = backend and {"backend": backend}
+    answers = {"server_info?config_format=json": {"vllm_config": config}, "weight_info": {"weight_version": "default"}}
+    monkeypatch.setattr(generator, "_get", lambda url, verb: answers[verb])
+    monkeypatch.setattr(generator, "_post", lambda url, verb, **body: None)
+    with pytest.raises(ValueError, match=f"{message}: start it with .* or set the generator's `folder`"):
+        generator.sync(tiny(generator).model)

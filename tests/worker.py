@@ -4,6 +4,7 @@ LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python worker.py
 """
 
 import os
+import time
 import traceback
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,7 @@ from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
 from lit_rl.generation.native import NativeGenerator
 from lit_rl.kernels.infllm import Settings
+from lit_rl.ranks import one_at_a_time
 
 RUNS = count()
 BATCH = 4
@@ -318,9 +320,29 @@ def evaluate(ranks, strategy):
     return {"tables": tables, "predictions": [p for batch in predictions for p in batch]}
 
 
+class Turns(RLCallback):
+    """When this rank was in a block that runs on one at a time."""
+
+    def __init__(self):
+        self.spans = []
+
+    def on_train_start(self, trainer, module):
+        for _ in range(10):
+            with one_at_a_time("block"):
+                start = time.monotonic()
+                time.sleep(0.01)
+                self.spans.append((start, time.monotonic()))
+
+
+def take_turns(ranks, strategy):
+    turns = Turns()
+    learn(ranks, strategy, method="SFT", callbacks=[lambda: turns], max_steps=1)
+    return turns.spans
+
+
 def tried(case):
     """Under FSDP2 a few methods will do: the others are settings of the same code. One is refused there."""
-    others = METHODS.keys() - {"SFT", "GRPO", "GSPO"} | {"one step off"}
+    others = METHODS.keys() - {"SFT", "GRPO", "GSPO"} | {"one step off", "one at a time"}
     return list(STRATEGIES)[: 1 if case in others else 2]
 
 
@@ -334,14 +356,15 @@ OTHERS = {
         resume, name="sparse", extra=[partial(SparseAttention, FEW, start_step=1, every_n_steps=1)], **CHEAP
     ),
     "evaluate": evaluate,
+    "one at a time": take_turns,
 }
 CASES = EQUAL | OTHERS
 
 
-def main():
+def main(cases=CASES):
     rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     chosen = os.environ.get("CASES", "")
-    for name, run in CASES.items():
+    for name, run in cases.items():
         for strategy in tried(name) if chosen in name else ():
             try:
                 result = run(ranks, strategy)

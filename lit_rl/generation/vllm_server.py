@@ -7,6 +7,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl import ranks
 from lit_rl.checks import require
@@ -73,42 +73,39 @@ class VLLMServer(Engine):
             for url in self.urls:
                 config = self._wait(url)
                 if self._get(url, "weight_info")["weight_version"] != self._version:
+                    self._post(url, "update_weight_version", new_version="incomplete")
                     self._send(url, (config["weight_transfer_config"] or {}).get("backend"))
                     self._post(url, "reset_prefix_cache")
+                    self._post(url, "update_weight_version", new_version=self._version)
 
     def _send(self, url: str, backend: str | None) -> None:
         if (why := self._unusable(url, backend)) is None:
             post, workers = partial(self._post, url), self._get(url, "get_world_size")["world_size"]
-            weights, dtype = checkpoint_state(self.model), self._dtype()
             try:
-                vllm_transfer.send(post, backend, url, workers, weights, dtype, self._version)  # type: ignore[arg-type]
+                vllm_transfer.send(post, backend, url, workers, checkpoint_state(self.model), self._dtype())  # type: ignore[arg-type]
             except Exception as error:
-                if backend == "nccl":  # whose stream may be stuck in it
+                if backend == "nccl":  # the GPU may wait in it for ever: no use trying again
                     raise SyncError(f"weights could not be sent to {url} over NCCL: {error}") from error
                 raise
         elif self.folder is not None:
-            rank_zero_warn(f"{why}; so weights go through the folder {self.folder}")
-            self._post(
-                url, "collective_rpc", method="reload_weights", kwargs={"weights_path": self._write(self.folder)}
-            )
-            self._post(url, "update_weight_version", new_version=self._version)
+            warnings.warn(f"{why}: weights go through the folder {self.folder}")  # on whatever rank
+            weights = {"weights_path": self._write(self.folder)}
+            self._post(url, "collective_rpc", method="reload_weights", kwargs=weights)
         else:
             raise ValueError(
-                f"{why}: start the server so, or set the generator's `folder` to a path that the trainer and the server share"
+                f'{why}: start it with --weight-transfer-config \'{{"backend": "lit_rl"}}\' (see docs/distributed.md), or set the'
+                " generator's `folder` to a path that leads it and all ranks to the same place"
             )
 
     def _unusable(self, url: str, backend: str | None) -> str | None:
         """Why weights cannot be sent to this server."""
         if backend not in get_args(vllm_transfer.Backend):
-            option = '--weight-transfer-config \'{"backend": "nccl"}\' (or "lit_rl", over TCP)'
-            return (
-                f"{url} was started without {option}" if backend is None else f"{url} has {backend}, and not {option}"
-            )
+            return f"{url} takes weights by {backend or 'no --weight-transfer-config'}, neither by nccl nor by lit_rl"
         if backend == "nccl" and next(self.model.parameters()).device.type != "cuda":
-            return f'{url} takes weights over NCCL, and the model is not on a GPU, as "lit_rl" allows'
+            return f"{url} takes weights by nccl, from GPU to GPU, and the model is not on one"
         if backend == "nccl" and find_spec("vllm") is None:
             return (
-                f"{url} takes weights over NCCL, for which vLLM must be installed here too: pip install 'lit-rl[vllm]'"
+                f"{url} takes weights by nccl, for which vLLM must be installed here too (pip install 'lit-rl[vllm]')"
             )
         return None
 
@@ -154,7 +151,9 @@ class VLLMServer(Engine):
             url = self.urls[i % len(self.urls)]
             choice = self._generate(url, tokens, params)["choices"][0]
             if any(span["version"] != self._version for span in choice["weight_versions"] or ()):
-                raise RuntimeError(f"the vLLM server at {url} has other weights since: it was started again")
+                raise RuntimeError(
+                    f"the vLLM server at {url} has other weights by now: it was started again, or serves others"
+                )
             logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
             return Sample(choice["token_ids"], logps, choice["finish_reason"])
 

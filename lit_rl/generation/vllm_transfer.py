@@ -26,7 +26,6 @@ def send(
     workers: int,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
-    version: str,
 ) -> None:
     """Replaces the weights of all workers of one server.
 
@@ -37,7 +36,6 @@ def send(
         workers: How many the server has.
         weights: Names, layout and shapes are those of a Hugging Face folder.
         dtype: That floating-point weights are sent in.
-        version: What the server is to call them.
     """
     types = {name: dtype if t.is_floating_point() else t.dtype for name, t in weights.items()}
     about = {
@@ -45,11 +43,12 @@ def send(
         "dtype_names": [str(t).removeprefix("torch.") for t in types.values()],
         "shapes": [list(t.shape) for t in weights.values()],
     }
-    address, port = _reachable(url)
-    here = {"master_address": address, "master_port": port, "world_size": 1 + workers}
-    with ThreadPoolExecutor(1) as server:  # it answers a verb when its workers have met us
+    # The server answers a verb when its workers have met us.
+    with _listening(url) as listener, ThreadPoolExecutor(1) as server:
+        address, port = listener.getsockname()[:2]
+        here = {"master_address": address, "master_port": port, "world_size": 1 + workers}
         answer = server.submit(post, "init_weight_transfer_engine", init_info=here | {"rank_offset": 1})
-        group = (_nccl if backend == "nccl" else Stream)(here, answer)
+        group = (_nccl if backend == "nccl" else Stream)(here, listener, answer)
         try:
             answer.result()
             post("start_weight_update")
@@ -59,25 +58,24 @@ def send(
                     break
                 group.broadcast(t.detach().to(types[name]).contiguous(), 0)
             answer.result()
-            post("finish_weight_update", weight_version=version)
+            post("finish_weight_update")
         finally:
             group.destroy()
     post("shutdown_weight_transfer_engine")
 
 
-def _reachable(url: str) -> tuple[str, int]:
-    """This machine's address as the server sees it, and a free port."""
+def _listening(url: str) -> socket.socket:
+    """At a free port of this machine's address as the server sees it."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))) as s:
-        address: str = s.getsockname()[0]
-    with socket.create_server((address, 0)) as s:
-        port: int = s.getsockname()[1]
-    return address, port
+        address = s.getsockname()[0]
+    return socket.create_server((address, 0))
 
 
-def _nccl(here: dict[str, Any], answer: Future[Any]) -> Any:
+def _nccl(here: dict[str, Any], listener: socket.socket, answer: Future[Any]) -> Any:
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
+    listener.close()  # it listens there itself
     return trainer_init(here)
 
 
@@ -85,21 +83,23 @@ class Stream:
     """To each of the server's workers a connection, over which bytes go as they lie in memory: the part of vLLM's
     PyNcclCommunicator that a transfer needs."""
 
-    def __init__(self, here: dict[str, Any], answer: Future[Any]) -> None:
+    def __init__(self, here: dict[str, Any], listener: socket.socket, answer: Future[Any]) -> None:
         self.workers: list[socket.socket] = []
-        with socket.create_server((here["master_address"], here["master_port"])) as listener:
-            listener.settimeout(1)
-            while len(self.workers) < here["world_size"] - 1:
-                try:
-                    self.workers.append(listener.accept()[0])
-                except TimeoutError:
-                    if answer.done():  # they will not come
-                        answer.result()
-                        raise ConnectionError(f"the workers of the vLLM server did not connect to {here}") from None
+        listener.settimeout(1)
+        while len(self.workers) < here["world_size"] - 1:
+            try:
+                self.workers.append(listener.accept()[0])
+            except TimeoutError:
+                if answer.done():  # they will not come
+                    answer.result()
+                    raise ConnectionError(f"the workers of the vLLM server did not connect to {here}") from None
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
+        copy = tensor.to(
+            "cpu", copy=True
+        )  # numpy would lock the storage of the weights themselves, which FSDP2 resizes
         for worker in self.workers:
-            worker.sendall(_bytes(tensor.cpu()))
+            worker.sendall(_bytes(copy))
 
     def destroy(self) -> None:
         for worker in self.workers:
@@ -123,7 +123,11 @@ def register() -> None:
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             info = self.parse_update_info(update_info)
-            self.model.load_weights(self._arriving(info))
+            try:
+                self.model.load_weights(self._arriving(info))
+            except BaseException:
+                self.shutdown()  # or the trainer would go on sending, for ever
+                raise
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
 
