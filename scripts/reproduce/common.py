@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -48,14 +48,19 @@ Record = dict[str, Any]
 """Of one run: arm, seed, test (numbers on held-out tasks), curves ({name: [[step, value]]}), cpu_seconds."""
 
 
-def options(description: str | None, steps: int, warm_steps: int = 160) -> argparse.Namespace:
-    """The command line of a reproduction; its defaults are the settings whose results the documentation shows."""
+def options(
+    description: str | None, steps: int, warm_steps: int = 160, models: Sequence[str] = ()
+) -> argparse.Namespace:
+    """The command line of a reproduction; its defaults are the settings whose results the documentation shows. With `models` it
+    takes one of them, the first by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps, help="of reinforcement learning")
     parser.add_argument("--warm-steps", type=int, default=warm_steps, help="of SFT on worked solutions before it")
     parser.add_argument("--tasks", type=int, default=200, help="held-out ones of the test")
     parser.add_argument("--batch", type=int, default=16, help="tasks a step")
+    if models:
+        parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="folder of models and metrics")
     parser.add_argument("--out", type=Path, default=Path("docs/reproductions"), help="folder of numbers and plots")
     args = parser.parse_args()
