@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -229,10 +230,11 @@ def plot(path: Path, panels: dict[str, dict[str, list[Points]]], by: str = "step
             svg.append(f'<g style="--c:{COLORS[labels.index(label) % len(COLORS)]}">{marks}</g>')
         heading = f'<text class="title" x="12" y="-8">{escape(title)}</text>'
         drawn.append(f'<g transform="translate({i * WIDTH},30)">{heading}{"".join(svg)}</g>')
+    places = list(accumulate((max(140, 40 + 7 * len(label)) for label in labels), initial=54))
     legend = [
-        f'<g style="--c:{COLORS[i % len(COLORS)]}"><polyline points="{54 + 140 * i},{HEIGHT + 44} {76 + 140 * i},{HEIGHT + 44}"/>'
-        f'<text x="{82 + 140 * i}" y="{HEIGHT + 48}">{escape(label)}</text></g>'
-        for i, label in enumerate(labels)
+        f'<g style="--c:{COLORS[i % len(COLORS)]}"><polyline points="{at},{HEIGHT + 44} {at + 22},{HEIGHT + 44}"/>'
+        f'<text x="{at + 28}" y="{HEIGHT + 48}">{escape(label)}</text></g>'
+        for i, (label, at) in enumerate(zip(labels, places[:-1], strict=True))
     ]
     width, height = WIDTH * len(panels), HEIGHT + 56
     path.parent.mkdir(parents=True, exist_ok=True)
