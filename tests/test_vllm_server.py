@@ -1,6 +1,7 @@
 """Real `vllm serve`s take our weights, say what we would, and may be killed."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -9,12 +10,13 @@ from itertools import count
 
 import pytest
 import test_vllm_ranks
+import torch
 import worker
 from test_ranks import assert_equal, free_port, run_by_two
 from test_vllm import PROMPTS, gap, learn, seeds, tiny
 
 from lit_rl import Sampling, VLLMServer, models
-from lit_rl.generation.vllm_transfer import Stream
+from lit_rl.generation.vllm_transfer import Stream, send
 
 # The package for CPUs has another name than the command asks for.
 SERVE = """import importlib.metadata as metadata, sys
@@ -67,12 +69,12 @@ def test_servers_have_our_weights_whatever_happens(tmp_path, monkeypatch):
                 assert_ours(sampling)
 
         learn(actor.model)  # and the network fails in the middle of it
-        send, sent = Stream.broadcast, count()
+        broadcast, sent = Stream.broadcast, count()
 
         def interrupted(*args):
             if next(sent) == 5:
                 raise ConnectionError("the cable was pulled")
-            send(*args)
+            broadcast(*args)
 
         monkeypatch.setattr(Stream, "broadcast", interrupted)
         with pytest.warns(UserWarning, match="the cable was pulled.*again"):
@@ -94,6 +96,47 @@ def test_servers_have_our_weights_whatever_happens(tmp_path, monkeypatch):
     finally:
         for process in processes:
             kill(process)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: bash scripts/vllm.sh")
+def test_the_protocol_of_nccl_is_vllms(monkeypatch):
+    """All of it but NCCL itself, which needs a GPU: rendezvous and messages are vLLM's, broadcasts go over its CPU store."""
+    from vllm.distributed.utils import StatelessProcessGroup
+    from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+    class Communicator:
+        def __init__(self, here, rank):
+            where = here["master_address"], here["master_port"]
+            self.group = StatelessProcessGroup.create(*where, rank, here["world_size"])
+
+        def broadcast(self, tensor, src):
+            return self.group.broadcast(tensor, src)
+
+        def destroy(self):
+            said.append("destroy")
+
+    said, got, joined = [], {}, []
+
+    def post(verb, **body):
+        said.append(verb)
+        if verb == "init_weight_transfer_engine":
+            info = nccl_common.NCCLWeightTransferInitInfo(**body["init_info"])
+            assert not info.packed
+            joined.append(Communicator(vars(info), info.rank_offset))
+        if verb == "update_weights":
+            info = NCCLWeightTransferUpdateInfo(**body["update_info"])
+            for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
+                got[name] = joined[0].broadcast(torch.empty(shape, dtype=getattr(torch, dtype)), 0)
+
+    monkeypatch.setattr(nccl_common, "trainer_init", lambda here: Communicator(here, 0))
+    weights = {"matrix": torch.randn(4, 3).T, "vector": torch.nn.Parameter(torch.randn(5)), "whole": torch.arange(3)}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        send(post, "nccl", f"http://127.0.0.1:{server.getsockname()[1]}", 1, weights, torch.bfloat16)
+    update = ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert said == ["init_weight_transfer_engine", *update, "destroy", "shutdown_weight_transfer_engine"]
+    for name, want in weights.items():
+        assert torch.equal(got[name], want if name == "whole" else want.bfloat16())
 
 
 @pytest.mark.parametrize(

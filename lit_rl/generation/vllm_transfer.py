@@ -47,7 +47,8 @@ def send(
     with _listening(url) as listener, ThreadPoolExecutor(1) as server:
         address, port = listener.getsockname()[:2]
         here = {"master_address": address, "master_port": port, "world_size": 1 + workers}
-        answer = server.submit(post, "init_weight_transfer_engine", init_info=here | {"rank_offset": 1})
+        info = here | {"rank_offset": 1, "packed": False}  # one broadcast a weight
+        answer = server.submit(post, "init_weight_transfer_engine", init_info=info)
         group = (_nccl if backend == "nccl" else Stream)(here, listener, answer)
         try:
             answer.result()
@@ -112,8 +113,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def register() -> None:
     """vLLM calls this in each of its processes (the entry point `vllm.general_plugins`)."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+    except ImportError:  # of another version, which must start all the same: it will say that it knows no lit_rl
+        return
 
     class StreamWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         """Its protocol is that of `nccl`, with a TCP connection in place of the communicator."""
