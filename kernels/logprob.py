@@ -16,6 +16,12 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(rows, V), a tensor of its own."""
+    logits = _full(hidden @ weight.T)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 def naive_linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -31,11 +37,14 @@ class _LinearLogprob(torch.autograd.Function):
         rows = max(1, CHUNK // weight.shape[0])
         logps, entropy, norm = (hidden.new_empty(len(hidden), dtype=_full(hidden[:0]).dtype) for _ in range(3))
         for i in range(0, len(hidden), rows):
-            logits = _full(hidden[i : i + rows] @ weight.T).div_(temperature)  # (rows, V)
-            norm[i : i + rows] = logits.logsumexp(-1)
-            logps[i : i + rows] = logits.gather(-1, targets[i : i + rows, None]).squeeze(-1)
-            p = (logits - norm[i : i + rows, None]).exp_()
-            entropy[i : i + rows] = norm[i : i + rows] - (p.mul_(logits)).sum(-1)
+            part = slice(i, i + rows)
+            logits = _logits(hidden[part], weight, temperature)
+            highest = logits.amax(-1, keepdim=True)
+            p = (logits - highest).exp_()  # times their sum, which spares the second exp of a logsumexp
+            total = p.sum(-1)
+            norm[part] = highest.squeeze(-1) + total.log()
+            logps[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
+            entropy[part] = norm[part] - p.mul_(logits).sum(-1) / total
         logps -= norm
         ctx.save_for_backward(hidden, weight, targets, norm, entropy)
         ctx.temperature = temperature
@@ -50,16 +59,16 @@ class _LinearLogprob(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=norm.dtype) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
-            logps = _full(hidden[part] @ weight.T).div_(ctx.temperature).sub_(norm[part, None])  # (rows, V)
-            p = logps.exp()
-            scale = torch.zeros_like(norm[part]) if d_logps is None else -d_logps[part]
+            logps = _logits(hidden[part], weight, ctx.temperature).sub_(norm[part, None])
+            scale = torch.zeros_like(norm[part]) if d_logps is None else d_logps[part] / -ctx.temperature
             if d_entropy is None:
-                d_logits = p.mul_(scale[:, None])
+                d_logits = logps.exp_().mul_(scale[:, None])
             else:  # dH/dz = -p (log p + H)
-                d_logits = p.mul_(scale[:, None] - d_entropy[part, None] * (logps + entropy[part, None]))
+                p, change = logps.exp(), d_entropy[part] / ctx.temperature
+                d_logits = p.mul_(scale[:, None] - change[:, None] * logps.add_(entropy[part, None]))
             if d_logps is not None:
-                d_logits.scatter_add_(1, targets[part, None], d_logps[part, None])
-            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+                d_logits.scatter_add_(1, targets[part, None], -scale[:, None])
+            d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight
             if d_weight is not None and d_weight.dtype == d_logits.dtype:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lit_rl.generation.base import Sampling
 
+PART = 2**18
+"""Probabilities that a CPU holds at once, in elements: larger tensors leave its cache, and are new memory each time."""
+
 
 def uniforms(seeds: Sequence[int], count: int, starts: Sequence[int] | None = None) -> Tensor:
     """(count, len(seeds)) float32 in (0, 1): column j depends on seed j only, and its first rows not on `count`. It is the
@@ -30,6 +33,17 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     int64; its log-probability under the renormalised distribution, float32; the log of the mass that the truncation
     kept, float32. Among equally likely tokens at the border exactly as many are kept as top-k or top-p needs.
     """
+    rows = max(1, PART // logits.shape[-1])
+    if logits.is_cuda or len(logits) <= rows:
+        return _draw(logits, uniform, sampling)
+    parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+    token, logp, log_kept = (
+        torch.cat(column) for column in zip(*(_draw(*part, sampling) for part in parts), strict=True)
+    )
+    return token, logp, log_kept
+
+
+def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     if sampling.temperature == 0:
         best, token = logits.float().log_softmax(-1).max(-1)
         return token, best, torch.zeros_like(best)

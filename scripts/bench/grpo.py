@@ -24,8 +24,9 @@ SHAPES = {
     "tiny": Shape(),
     "natural": Shape(forced=False, no_signal=True),
     "long": Shape(prompts=2, prompt_tokens=(512, 512)),
-    "vocabulary": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, vocabulary=151_936),
-    "smollm2": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
+    "vocabulary": Shape(vocabulary=151_936),
+    "smollm2": Shape(micro_batch=16, model="smollm2-135m"),
+    "smollm2-short": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
 }
 LIT, BEST, DEFAULT, FLOOR = "lit-rl", "TRL best", "TRL default", "floor"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
@@ -39,7 +40,8 @@ GOALS = {  # shape -> (what, against which side, lit-rl's share of it at most); 
     "natural": [("step", BEST, 0.3), ("memory_mb", BEST, 0.5)],
     "long": [("step", BEST, 0.2), ("memory_mb", BEST, 0.5)],
     "vocabulary": [("memory_mb", BEST, 0.15)],
-    "smollm2": [("step", BEST, 0.65), ("step", DEFAULT, 0.18), ("memory_mb", BEST, 0.5)],
+    "smollm2": [("step", BEST, 0.65), ("generation", BEST, 0.77), ("memory_mb", BEST, 0.5)],
+    "smollm2-short": [("step", DEFAULT, 0.18)],
 }
 COLUMNS = {"step": "step, s", "generation": "generation, s", "training": "training, s", "memory_mb": "memory, MB"}
 Run = dict[str, Any]
