@@ -148,8 +148,12 @@ class Group(InnerLoop, Evaluated):
         return self
 
     def on_train_start(self) -> None:
-        for weight, state in self.trainer.optimizers[0].state.items():  # Lightning loads them to one device
-            state.update({k: v.to(weight.device) for k, v in state.items() if k != "step" and isinstance(v, Tensor)})
+        optimizer = self.trainer.optimizers[0]
+        for group in optimizer.param_groups:
+            for weight in group["params"]:  # Lightning loads their states to one device
+                state = optimizer.state.get(weight, {})
+                moved = {k: v for k, v in state.items() if isinstance(v, Tensor) and (k != "step" or group.get("fused"))}
+                state.update({k: v.to(weight.device) for k, v in moved.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Each member's part is what it would save alone."""
