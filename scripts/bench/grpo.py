@@ -28,9 +28,10 @@ SHAPES = {
     "smollm2": Shape(micro_batch=16, model="smollm2-135m"),
     "smollm2-short": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
 }
-LIT, BEST, DEFAULT, FLOOR = "lit-rl", "TRL best", "TRL default", "floor"
+LIT, AHEAD, BEST, DEFAULT, FLOOR = "lit-rl", "lit-rl ahead", "TRL best", "TRL default", "floor"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
     LIT: ("with_lit_rl.py", {}),
+    AHEAD: ("with_lit_rl.py", {"ahead": "thread"}),  # its gain is in the time that elapses
     BEST: ("with_trl.py", {"bf16": False, "gradient_checkpointing": False}),
     DEFAULT: ("with_trl.py", {}),
     FLOOR: ("with_floor.py", {}),  # needs responses of one length
@@ -150,8 +151,12 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "smollm2"])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="lit-rl first")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if "smollm2" not in name]
+    )
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="lit-rl first", default=[side for side in SIDES if side != AHEAD]
+    )
     parser.add_argument("--steps", type=int, default=2, help="measured in each process, after one that is not")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])

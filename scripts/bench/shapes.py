@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -113,6 +114,8 @@ class Meter:
     """Of one run. The first step is not counted; memory is the whole run's peak, above what the imports hold."""
 
     ends: list[float] = field(default_factory=list)
+    clock: list[float] = field(default_factory=list)
+    """At the ends of steps: what has elapsed, which says something on a machine that has nothing else to do."""
     generation: list[float] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
@@ -152,6 +155,7 @@ class Meter:
 
     def step_ended(self) -> None:
         self.ends.append(cpu_seconds())
+        self.clock.append(time.perf_counter())
         self.inside.append(self.inside[-1])
 
     def print(self) -> None:
@@ -162,6 +166,7 @@ class Meter:
             peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
         numbers = {
             "step": step,
+            "elapsed": (self.clock[-1] - self.clock[0]) / steps,
             "generation": generation,
             "training": step - generation,
             "memory_mb": (peak - self.imported) / 2**20,
