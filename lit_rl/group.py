@@ -152,7 +152,9 @@ class Group(InnerLoop, Evaluated):
         for group in optimizer.param_groups:
             for weight in group["params"]:  # Lightning loads their states to one device
                 state = optimizer.state.get(weight, {})
-                moved = {k: v for k, v in state.items() if isinstance(v, Tensor) and (k != "step" or group.get("fused"))}
+                moved = {
+                    k: v for k, v in state.items() if isinstance(v, Tensor) and (k != "step" or group.get("fused"))
+                }
                 state.update({k: v.to(weight.device) for k, v in moved.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -223,7 +223,10 @@ class Rows:
             self.mask = torch.arange(width, device=logits.device) >= width - self.position  # (R, width)
         layers = [_join(parts, width) for parts in zip(*(cache.layers for cache in caches), strict=True)]
         if share and _shareable(model, layers):
-            self.cache = SharedCache(layers, owner)
+            padded = None if self.mask is None else torch.arange(width, device=logits.device) < width - lengths[:, None]
+            self.cache = SharedCache(layers, owner, padded)
+            if not _windowed(model):
+                self.mask = None  # which the model would make its own of in each step
             return
         self.cache = Cache(layer_class_to_replicate=GrowingLayer)
         for i, (keys, values) in enumerate(layers):
@@ -326,11 +329,15 @@ class SharedLayer(GrowingLayer):
 class SharedCache(Cache):
     """The past of R rows that continue P prompts, with one copy of each prompt, and the attention that reads it.
 
-    layers: keys and values (P, heads, L, dim) of each layer, prompts at the right; owner (R,): the prompt of each row.
+    layers: keys and values (P, heads, L, dim) of each layer, prompts at the right; owner (R,): the prompt of each row;
+    padded (P, L): where there is no prompt.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], owner: Tensor) -> None:
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], owner: Tensor, padded: Tensor | None = None) -> None:
         self.shared = [SharedLayer(prompts) for prompts in layers]
+        self.bias: Tensor | None = None  # (P, 1, 1, L), for the scores of prompts
+        if padded is not None:
+            self.bias = layers[0][0].new_zeros(padded.shape).masked_fill(padded, -torch.inf)[:, None, None]
         super().__init__(layers=list(self.shared))
         self._arrange(owner)
 
@@ -342,6 +349,8 @@ class SharedCache(Cache):
     def _arrange(self, owner: Tensor) -> None:
         """Find the places of the rows by prompt, and drop prompts that have none left."""
         prompts, self.owner = owner.unique(return_inverse=True)
+        if self.bias is not None and len(prompts) < len(self.bias):
+            self.bias = self.bias[prompts]
         for layer in self.shared:
             keys, values = layer.prompts
             if len(prompts) < len(keys):
@@ -366,7 +375,7 @@ class SharedCache(Cache):
     ) -> tuple[Tensor, None]:
         """Attention of a new token in each row, query (R, H, 1, dim), to its prompt and to its own key and value.
 
-        The queries of a prompt's rows meet its keys in one matrix product. attention_mask is boolean (R, 1, 1, past).
+        The queries of a prompt's rows meet its keys in one matrix product. attention_mask, if any, is boolean (R, 1, 1, past).
         Returns (R, 1, H, dim) and no weights, as transformers' attention functions do.
         """
         layer = self.shared[module.layer_idx]
@@ -375,8 +384,10 @@ class SharedCache(Cache):
         far, far_value = layer.prompts
         rows, heads, _, dim = query.shape
         query = query.reshape(rows, key.shape[1], -1, dim) * (dim**-0.5 if scaling is None else scaling)
-        scores = self._to_rows(self._to_prompts(query) @ far.transpose(2, 3))  # (R, K, H / K, L)
-        scores = torch.cat([scores, query @ key.transpose(2, 3)], -1)
+        far_scores = self._to_prompts(query) @ far.transpose(2, 3)
+        if self.bias is not None:
+            far_scores += self.bias
+        scores = torch.cat([self._to_rows(far_scores), query @ key.transpose(2, 3)], -1)  # (R, K, H / K, past)
         if attention_mask is not None:
             scores = scores.where(attention_mask, torch.finfo(scores.dtype).min)
         far_weights, weights = scores.softmax(-1).split([far.shape[2], key.shape[2]], -1)
@@ -393,11 +404,21 @@ class SharedCache(Cache):
         return x.index_select(0, self.by_row).unflatten(0, (-1, self.shape[1]))
 
 
+def _kinds(model: Any) -> set[type]:
+    """Of the layers' caches."""
+    return {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+
+
 def _growing(model: Any) -> bool:
     """Whether each layer attends to all past tokens or to the last few, which a cache of all of them serves."""
     config = model.config.get_text_config()
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and getattr(config, "attention_chunk_size", None) is None
+    known = {DynamicLayer, DynamicSlidingWindowLayer}
+    return _kinds(model) <= known and getattr(config, "attention_chunk_size", None) is None
+
+
+def _windowed(model: Any) -> bool:
+    """Whether some layer attends to the last few tokens."""
+    return DynamicSlidingWindowLayer in _kinds(model)
 
 
 def _shareable(model: Any, layers: list[tuple[Tensor, Tensor]]) -> bool:
