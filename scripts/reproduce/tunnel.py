@@ -130,31 +130,29 @@ def misses(record: Record) -> list[tuple[float, float]]:
 def tables(records: list[Record]) -> str:
     rates = [r for r in records if FOUND in r["curves"]]
     bench = [r for r in records if FOUND not in r["curves"]]
-    return "\n\n".join(
-        [
-            table(
-                rates,
-                {
-                    "log2 of the best learning rate": lambda r: best(r)[0],
-                    "loss with it": lambda r: best(r)[1],
-                    f"loss with width {NARROW[0]}'s best": partial(transferred, rates),
-                    "excess": lambda r: transferred(rates, r) - best(r)[1],
-                },
-            ),
-            table(list(drift(rates)), {"power of the width that the best rate goes with": lambda r: r["power"]}),
-            table(
-                bench,
-                {
-                    "pass@1 at the end": lambda r: last(r, SCORE, 1),
-                    "loss": lambda r: last(r, LOSS, 1),
-                    "forecast": lambda r: last(r, PREDICTED, 1),
-                    "± (95 %)": lambda r: last(r, INTERVAL, 1),
-                    "error, all validations": lambda r: fmean(miss for miss, _ in misses(r)),
-                    "inside the interval": lambda r: fmean(miss <= half for miss, half in misses(r)),
-                },
-            ),
-        ]
-    )
+    shown = [
+        table(
+            rates,
+            {
+                "log2 of the best learning rate": lambda r: best(r)[0],
+                "loss with it": lambda r: best(r)[1],
+                f"loss with width {NARROW[0]}'s best": partial(transferred, rates),
+                "excess": lambda r: transferred(rates, r) - best(r)[1],
+            },
+        ),
+        table(list(drift(rates)), {"power of the width that the best rate goes with": lambda r: r["power"]}),
+    ]
+    if bench:
+        columns = {
+            "pass@1 at the end": lambda r: last(r, SCORE, 1),
+            "loss": lambda r: last(r, LOSS, 1),
+            "forecast": lambda r: last(r, PREDICTED, 1),
+            "± (95 %)": lambda r: last(r, INTERVAL, 1),
+            "error, all validations": lambda r: fmean(miss for miss, _ in misses(r)),
+            "inside the interval": lambda r: fmean(miss <= half for miss, half in misses(r)),
+        }
+        shown.append(table(bench, columns))
+    return "\n\n".join(shown)
 
 
 def law(records: list[Record]) -> Sigmoid:
