@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lit_rl import adapters, hooks, objectives
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
+from lit_rl.ahead import Ahead
 from lit_rl.checks import require
-from lit_rl.chunked import Ahead, Chunks, lag
+from lit_rl.chunked import Chunks, lag
 from lit_rl.experience import Experience, Terms, build, concat
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_policy import Gradients, Letters, trainer, weights
 from test_resume import TOKENIZER, equal
 
-from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, chunked, jsonl
+from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, ahead, jsonl
 from lit_rl.callbacks import GarbleFilter, ReferenceRefresh
 from lit_rl.cli import METHODS
 from lit_rl.generation.native import NativeGenerator
@@ -333,7 +333,7 @@ def test_what_is_sampled_ahead_does_not_depend_on_when(settings, monkeypatch):
     runs = []
     for executor in (None, Eagerly, Lazily):
         if executor:
-            monkeypatch.setattr(chunked, "ThreadPoolExecutor", executor)
+            monkeypatch.setattr(ahead, "ThreadPoolExecutor", executor)
         module = policy(ahead="thread", **settings)
         watch = fit(module, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1)
         runs.append([weights(module), [x.tokens for x in watch.batches], [x.extra["version"] for x in watch.batches]])
