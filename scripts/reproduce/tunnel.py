@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from lit_rl.laws import LOSS, Sigmoid, sigmoid_fit
 from lit_rl.mup import slope
 from lit_rl.tunnel import Space, search, tunnel
 
+Columns = dict[str, Callable[[Record], float]]
 NAME, FAMILY = "tunnel", "sort-numbers"
 *NARROW, WIDEST = WIDTHS = (32, 64, 128, 256)
 RATES = [2.0**-k for k in range(11, 4, -1)]
@@ -130,28 +131,22 @@ def misses(record: Record) -> list[tuple[float, float]]:
 def tables(records: list[Record]) -> str:
     rates = [r for r in records if FOUND in r["curves"]]
     bench = [r for r in records if FOUND not in r["curves"]]
-    shown = [
-        table(
-            rates,
-            {
-                "log2 of the best learning rate": lambda r: best(r)[0],
-                "loss with it": lambda r: best(r)[1],
-                f"loss with width {NARROW[0]}'s best": partial(transferred, rates),
-                "excess": lambda r: transferred(rates, r) - best(r)[1],
-            },
-        ),
-        table(list(drift(rates)), {"power of the width that the best rate goes with": lambda r: r["power"]}),
-    ]
-    if bench:
-        columns = {
-            "pass@1 at the end": lambda r: last(r, SCORE, 1),
-            "loss": lambda r: last(r, LOSS, 1),
-            "forecast": lambda r: last(r, PREDICTED, 1),
-            "± (95 %)": lambda r: last(r, INTERVAL, 1),
-            "error, all validations": lambda r: fmean(miss for miss, _ in misses(r)),
-            "inside the interval": lambda r: fmean(miss <= half for miss, half in misses(r)),
-        }
-        shown.append(table(bench, columns))
+    power = "power of the width that the best rate goes with"
+    columns: Columns = {
+        "log2 of the best learning rate": lambda r: best(r)[0],
+        "loss with it": lambda r: best(r)[1],
+        f"loss with width {NARROW[0]}'s best": partial(transferred, rates),
+        "excess": lambda r: transferred(rates, r) - best(r)[1],
+    }
+    forecast: Columns = {
+        "pass@1 at the end": lambda r: last(r, SCORE, 1),
+        "loss": lambda r: last(r, LOSS, 1),
+        "forecast": lambda r: last(r, PREDICTED, 1),
+        "± (95 %)": lambda r: last(r, INTERVAL, 1),
+        "error, all validations": lambda r: fmean(miss for miss, _ in misses(r)),
+        "inside the interval": lambda r: fmean(miss <= half for miss, half in misses(r)),
+    }
+    shown = table(rates, columns), table(list(drift(rates)), {power: lambda r: r["power"]}), table(bench, forecast)
     return "\n\n".join(shown)
 
 
