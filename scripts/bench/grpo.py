@@ -26,7 +26,6 @@ SHAPES = {
     "long": Shape(prompts=2, prompt_tokens=(512, 512)),
     "vocabulary": Shape(vocabulary=151_936),
     "smollm2": Shape(micro_batch=16, model="smollm2-135m"),
-    "smollm2-short": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
 }
 LIT, AHEAD, BEST, DEFAULT, FLOOR = "lit-rl", "lit-rl ahead", "TRL best", "TRL default", "floor"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
@@ -41,8 +40,7 @@ GOALS = {  # shape -> (what, against which side, lit-rl's share of it at most); 
     "natural": [("step", BEST, 0.3), ("memory_mb", BEST, 0.5)],
     "long": [("step", BEST, 0.2), ("memory_mb", BEST, 0.5)],
     "vocabulary": [("memory_mb", BEST, 0.15)],
-    "smollm2": [("step", BEST, 0.65), ("generation", BEST, 0.77), ("memory_mb", BEST, 0.5)],
-    "smollm2-short": [("step", DEFAULT, 0.18)],
+    "smollm2": [("step", BEST, 0.65), ("step", DEFAULT, 0.18), ("generation", BEST, 0.77), ("memory_mb", BEST, 0.5)],
 }
 COLUMNS = {"step": "step, s", "generation": "generation, s", "training": "training, s", "memory_mb": "memory, MB"}
 Run = dict[str, Any]
@@ -151,9 +149,7 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if "smollm2" not in name]
-    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "smollm2"])
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, help="lit-rl first", default=[side for side in SIDES if side != AHEAD]
     )
