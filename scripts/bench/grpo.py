@@ -30,7 +30,7 @@ SHAPES = {
 LIT, AHEAD, BEST, DEFAULT, FLOOR = "lit-rl", "lit-rl ahead", "TRL best", "TRL default", "floor"
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
     LIT: ("with_lit_rl.py", {}),
-    AHEAD: ("with_lit_rl.py", {"ahead": "thread"}),  # its gain is in the time that elapses
+    AHEAD: ("with_lit_rl.py", {"ahead": "thread"}),  # for ahead.py: its gain is in the time that elapses
     BEST: ("with_trl.py", {"bf16": False, "gradient_checkpointing": False}),
     DEFAULT: ("with_trl.py", {}),
     FLOOR: ("with_floor.py", {}),  # needs responses of one length
@@ -152,9 +152,8 @@ def machine() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "smollm2"])
-    parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, help="lit-rl first", default=[side for side in SIDES if side != AHEAD]
-    )
+    sides = [side for side in SIDES if side != AHEAD]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="lit-rl first")
     parser.add_argument("--steps", type=int, default=2, help="measured in each process, after one that is not")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
