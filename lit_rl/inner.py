@@ -180,9 +180,8 @@ class InnerLoop(L.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = [group for policy in self.policies for group in policy.parameter_groups()]
         optimizer: Any = torch.optim.AdamW(groups, fused=True)
-        optimizer._step_supports_amp_scaling = (
-            False  # by which Lightning knows fused optimizers, to refuse clipping for them
-        )
+        # By this Lightning knows fused optimizers, for which it refuses to clip gradients.
+        optimizer._step_supports_amp_scaling = False
         total = partial(getattr, self.trainer, "estimated_stepping_batches")
         scheduler = schedules.make(self.schedule, optimizer, total, self.warmup_steps, self.decay_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

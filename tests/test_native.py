@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lit_rl.generation import native
+from lit_rl.generation import native, sampling
 from lit_rl.generation.base import Completion, Sampling, later_seed
 from lit_rl.generation.native import NativeGenerator
 from lit_rl.generation.sampling import draw, uniforms
@@ -286,6 +286,15 @@ def test_kept_sets_are_those_of_transformers(seed: int) -> None:
         assert set(token.tolist()) >= set((probs > 5e-4).nonzero()[:, 0].tolist())
         full = (logits / t).softmax(-1)[0]
         torch.testing.assert_close(log_kept[0].exp(), full[probs > 0].sum(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.05}], ids=str)
+def test_large_vocabularies_are_drawn_from_in_parts(cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, uniform = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)), torch.linspace(0.05, 0.95, 7)
+    together = draw(logits, uniform, Sampling(**cut))
+    monkeypatch.setattr(sampling, "PART", 100)  # two rows
+    for whole, parts in zip(together, draw(logits, uniform, Sampling(**cut)), strict=True):
+        assert torch.equal(parts, whole)
 
 
 def test_uniforms_are_a_function_of_the_seed() -> None:
