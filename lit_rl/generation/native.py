@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_rl import sparse_attention
+from lit_rl.generation import recorded
 from lit_rl.generation.base import Completion, Sampling
 from lit_rl.generation.sampling import draw, uniforms
 from lit_rl.models import takes_attention
@@ -139,7 +140,8 @@ class NativeGenerator:
     ) -> Iterator[tuple[Place, Completion]]:
         """The completions of a chunk, sampled together."""
         places = [place for _, part in chunk for place in part]
-        rows = Rows(self.model, [(prompt, len(part)) for prompt, part in chunk], self.pad, self.share)
+        prompts = [(prompt, len(part)) for prompt, part in chunk]
+        rows = Rows(self.model, prompts, self.pad, self.share, sampling.max_new_tokens - 1)
         live = torch.arange(len(places), device=rows.logits.device)  # the row in each slot of the batch
         before = [begun[i][j] for i, j in places]
         noise = uniforms([seeds[i][j] for i, j in places], sampling.max_new_tokens, [*map(len, before)]).to(live.device)
@@ -192,16 +194,17 @@ class Tails:
 class Rows:
     """R rows being continued: `logits` (R, V) of their next token, after their prompts and then after each `step`.
 
-    Keys and values of past tokens are kept in the first of three ways that the model allows:
+    Keys and values of past tokens are kept in the first of four ways that the model allows:
+    recorded: each row's prompt and new tokens in buffers with room, for the CUDA graph of `Recorded`;
     shared: each prompt's once for all its rows, in a `SharedCache`. Only in float32, since the matrix products of its
     attention would round the scores to half precision;
     expanded: each row's prompt and new tokens in a growing cache, for the attention that the model is set to;
     dynamic: in transformers' own cache, for prompts of one length. For state-space layers and the like.
     """
 
-    def __init__(self, model: Any, prompts: list[tuple[Prompt, int]], pad: int, share: bool) -> None:
-        """Compute these prompts, shortest first, each for so many rows."""
-        self.model, self.mask = model, None
+    def __init__(self, model: Any, prompts: list[tuple[Prompt, int]], pad: int, share: bool, steps: int) -> None:
+        """Compute these prompts, shortest first, each for so many rows; at most so many steps will follow."""
+        self.model, self.mask, self.recorded = model, None, None
         known = signature(model.forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in known), "")
         growing = _growing(model)
@@ -222,6 +225,11 @@ class Rows:
         if len(prompts[0][0]) < width:
             self.mask = torch.arange(width, device=logits.device) >= width - self.position  # (R, width)
         layers = [_join(parts, width) for parts in zip(*(cache.layers for cache in caches), strict=True)]
+        if recorded.recordable(model, steps) and not _windowed(model):
+            expanded = [(keys[owner], values[owner]) for keys, values in layers]
+            self.recorded = recorded.Recorded(self._decode, expanded, self.position, steps)
+            self.cache = None
+            return
         if share and _shareable(model, layers):
             padded = None if self.mask is None else torch.arange(width, device=logits.device) < width - lengths[:, None]
             self.cache = SharedCache(layers, owner, padded)
@@ -234,13 +242,19 @@ class Rows:
 
     def step(self, tokens: Tensor) -> None:
         """Append a token (R,) to each row."""
+        if self.recorded is not None:
+            self.logits = self.recorded.step(tokens)
+            return
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
-        out = self._forward(tokens[:, None], self.position, self.mask, {self.cache_name: self.cache})
-        self.logits, self.position = out.logits[:, -1], self.position + 1
+        self.logits = self._decode(tokens[:, None], self.position, self.mask, self.cache)
+        self.position = self.position + 1
 
     def keep(self, slots: Tensor) -> None:
         """Row i becomes row slots[i]; the others are gone."""
+        if self.recorded is not None:
+            self.recorded.keep(slots)
+            return
         self.cache.reorder_cache(slots)
         self.position = self.position[slots]
         if self.mask is not None:
@@ -271,6 +285,10 @@ class Rows:
         own = growing and self.cache_name  # else a model makes what it needs
         past = {self.cache_name: DynamicCache()} if own else {}
         return self._forward(ids, position.clamp(min=0), mask, past)
+
+    def _decode(self, ids: Tensor, position: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """Ids (R, 1) to the logits (R, V) of the next token."""
+        return self._forward(ids, position, mask, {self.cache_name: cache}).logits[:, -1]  # type: ignore[no-any-return]
 
     def _forward(self, ids: Tensor, position: Tensor, mask: Tensor | None, past: dict[str, Any]) -> Any:
         return self.model(
