@@ -24,27 +24,33 @@ class Block(NamedTuple):
         return x[0, :, self.tokens].unflatten(1, (self.number, self.length)).transpose(0, 1)
 
 
-def _groups(blocks: Tensor) -> list[list[Block]]:
-    """Of (S, 3) rows of whether a prompt begins here, number and length, in the order of the tokens: the blocks of each group,
-    its prompt first."""
-    groups: list[list[Block]] = []
+def groups(blocks: Tensor) -> list[list[Block]]:
+    """Of (..., S, 3) rows of whether a prompt begins here, number and length, in the order of the tokens: the blocks of each
+    group, its prompt first."""
+    found: list[list[Block]] = []
     start = 0
-    for first, number, length in blocks.tolist():
+    for first, number, length in blocks.view(-1, 3).tolist():
         if first:
-            groups.append([])
-        groups[-1].append(Block(start, number, length))
+            found.append([])
+        found[-1].append(Block(start, number, length))
         start += number * length
-    return groups
+    return found
 
 
-def naive_packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
-    """The specification. query (1, H, M, dim), key and value (1, K, M, dim), blocks as in `_groups` -> (1, H, M, dim)."""
-    sizes = [[block.length for block in group for _ in range(block.number)] for group in _groups(blocks)]
+def visible(each: list[list[Block]], device: torch.device | None = None) -> Tensor:
+    """(M, M) bool: the tokens that each token of these groups sees."""
+    sizes = [[block.length for block in group for _ in range(block.number)] for group in each]
     group = torch.tensor([g for g, lengths in enumerate(sizes) for n in lengths for _ in range(n)])
     segment = torch.tensor([s for lengths in sizes for s, n in enumerate(lengths) for _ in range(n)])  # 0 is the prompt
     seen = (group[:, None] == group) & ((segment == 0) | (segment[:, None] == segment))
+    return seen.tril().to(device)
+
+
+def naive_packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
+    """The specification. query (1, H, M, dim), key and value (1, K, M, dim), blocks as in `groups` -> (1, H, M, dim)."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return (query @ key.transpose(2, 3) * scale).masked_fill(~seen.tril(), -torch.inf).softmax(-1) @ value
+    seen = visible(groups(blocks), query.device)
+    return (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ value
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,7 +64,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
         out = torch.empty_like(query)
         norm = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for prompt, *responses in _groups(blocks):
+        for prompt, *responses in groups(blocks):
             for block in (prompt, *responses):
                 q, k, v = (block.segments(x) for x in (query, key, value))
                 own, own_norm = _flash(q, k, v, True, scale)
@@ -82,7 +88,7 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, out, norm, blocks = ctx.saved_tensors
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        for prompt, *responses in _groups(blocks):
+        for prompt, *responses in groups(blocks):
             for block in (prompt, *responses):
                 parts = (block.segments(x) for x in (grad, query, key, value, out, norm))
                 gradients = flash_backward(*parts, 0.0, True, scale=ctx.scale)

@@ -2,8 +2,8 @@
 
 Three layouts give the same numbers. "rows" runs each row by itself. The others compute a group's prompt once for all its
 responses, with position ids that restart after the prompt: "packed" has all groups in one sequence, without padding, and an
-attention of its own, which is for CPUs; "masked" has a group in each row, and a mask that keeps responses apart. What a model
-takes is found out when it is first used, by comparing with its own logits.
+attention of its own; "masked" has a group in each row, and a mask that keeps responses apart. What a model takes is found out
+when it is first used, by comparing with its own logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_rl import ops, sharding, sparse_attention
 from lit_rl.experience import Experience, build
-from lit_rl.models import context_length, takes_attention
+from lit_rl.models import ATTENTION, context_length, replaceable
 
 TOLERANCE = 2e-3
 """Largest difference of a log-probability that still counts as the same in the check at first use, in float32."""
@@ -26,8 +26,6 @@ HALF_TOLERANCE = 0.2
 """Mean difference that does in half precision."""
 LONGEST_PACK = 8192
 """Tokens of a group in one row at most: its mask has the square of that."""
-ATTENTION = "lit_rl_packed"
-"""What transformers calls the attention below."""
 
 
 class Layout(NamedTuple):
@@ -192,7 +190,7 @@ class Forward:
         before = self.model.config._attn_implementation
         try:
             if layout is packed_layout:
-                if x.tokens.device.type != "cpu" or not _replaceable(self.model):
+                if x.tokens.device.type not in ("cpu", "cuda") or not replaceable(self.model):
                     return False
                 _install(self.model)
             if self._same(self._run(layout(x), x.tokens[x.mask], 1.0, fused=bool(self._fused)), want):
@@ -210,11 +208,6 @@ class Forward:
         return all(
             float(gap.mean()) < HALF_TOLERANCE for gap in gaps
         )  # single tokens differ by tenths in half precision
-
-
-def _replaceable(model: Any) -> bool:
-    """Whether the model's attention is a plain softmax of SDPA's, which may be replaced."""
-    return getattr(model.config, "_attn_implementation", None) in ("sdpa", ATTENTION) and takes_attention(model)
 
 
 def _install(model: Any) -> None:
@@ -247,4 +240,4 @@ def _attend(
     if dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
         raise ValueError(f"{type(module).__name__} has an attention that groups cannot be packed for")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return ops.packed_attention(query, key, value, attention_mask[0, 0], scale).transpose(1, 2), None
+    return ops.packed_attention(query, key, value, attention_mask, scale).transpose(1, 2), None

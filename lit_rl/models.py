@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TINY, SMOLLM2 = "tiny", "smollm2-135m"
 TINY_HEAD = 32
 """Width of an attention head of the tiny model."""
+ATTENTION = "lit_rl_packed"
+"""What transformers calls forward.py's attention of packed groups, which is SDPA's for other masks."""
 EXPECTED = (
     f"expected '{TINY}', '{TINY}-qwen3' or another architecture, '{TINY}:64' or another width, '{SMOLLM2}', a folder that "
     "holds config.json, a .gguf file, or the id of a Hugging Face repository that the network or the local cache can reach"
@@ -300,6 +302,11 @@ def takes_attention(model: Any) -> bool:
         all(getattr(model, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
         and getattr(model, "is_backend_compatible", bool)()
     )
+
+
+def replaceable(model: Any) -> bool:
+    """Whether the model's attention is a plain softmax of SDPA's, which may be replaced or given any mask."""
+    return getattr(model.config, "_attn_implementation", None) in ("sdpa", ATTENTION) and takes_attention(model)
 
 
 def disable_dropout(model: nn.Module) -> None:

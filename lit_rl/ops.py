@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rl.kernels import attention, infllm_torch, logprob, ternary
+from lit_rl.kernels import attention, attention_cuda, infllm_torch, logprob, ternary
 from lit_rl.kernels.infllm import Sequences, Settings
 
 __all__ = [
@@ -59,13 +59,14 @@ def logits_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
-    """Attention of groups that are packed one after the other, on a CPU: a prompt's tokens see those before them, a
+    """Attention of groups that are packed one after the other: a prompt's tokens see those before them, a
     response's the prompt as well. query (1, H, M, dim), key and value (1, K, M, dim) with K a divisor of H -> (1, H, M, dim).
 
-    blocks (S, 3) int64: for each run of equally long segments, whether a prompt begins here, their count and their length.
+    blocks (..., S, 3) int64: for each run of equally long segments, whether a prompt begins here, their count and their length.
     """
     query, key, value = _autocast(query, key, value)
-    return attention.packed_attention(query, key, value, blocks, scale)
+    kernel = attention_cuda if query.is_cuda else attention
+    return kernel.packed_attention(query, key, value, blocks, scale)
 
 
 def select_blocks(

@@ -1,10 +1,13 @@
 """The attention of packed groups against its naive twin, forward and all gradients, and its memory."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_rl.kernels import attention_cuda
 from lit_rl.kernels.attention import naive_packed_attention, packed_attention
 
 GROUPS = [(1, 1, 7), (0, 3, 4), (0, 1, 2), (1, 1, 5), (1, 1, 3), (0, 1, 1), (0, 2, 6)]  # the second has a prompt alone
@@ -56,3 +59,76 @@ def test_no_scores_in_memory():
     with Watch():
         packed_attention(*x, blocks, scale).sum().backward()
     assert largest == x[0].numel() < 700 * 700
+
+
+class TestOnAGPU:
+    """What a GPU's tensors go through, with flash attention where there is a GPU, and a slow twin of it elsewhere."""
+
+    DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @pytest.fixture(autouse=True)
+    def flash(self, monkeypatch):
+        if self.DEVICE.type == "cpu":
+            monkeypatch.setattr(attention_cuda, "_flash", slow_flash)
+            monkeypatch.setattr(attention_cuda, "_flash_backward", slow_flash_backward)
+
+    @pytest.mark.parametrize("key_heads", [6, 2, 1])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+    )
+    def test_against_the_naive_twin(self, dtype, tolerance, key_heads):
+        *x, blocks, scale = inputs(GROUPS, 6, key_heads, torch.float32)
+        x = [t.detach().to(self.DEVICE, dtype).requires_grad_() for t in x]
+        doubles = [t.detach().double().requires_grad_() for t in x]
+        up, results = torch.randn(x[0].shape).to(x[0]), []
+        for function, of in ((attention_cuda.packed_attention, x), (naive_packed_attention, doubles)):
+            out = function(*of, blocks, scale)
+            results.append((out, *torch.autograd.grad((out * up).sum(), of)))
+        for got, want in zip(*results, strict=True):
+            assert got.dtype == dtype
+            assert ((got - want).norm() / want.norm()) < tolerance
+
+    def test_prompts_alone(self):
+        *x, blocks, scale = inputs([(1, 1, 7), (1, 1, 4)], 2, 2, torch.float32)
+        x = [t.detach().to(self.DEVICE, torch.bfloat16).requires_grad_() for t in x]
+        out = attention_cuda.packed_attention(*x, blocks, scale)
+        want = naive_packed_attention(*(t.double() for t in x), blocks, scale)
+        assert ((out - want).norm() / want.norm()) < 0.01
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), x))
+
+
+def spans(of, to):
+    for (a, b), (c, d) in zip(*(itertools.pairwise(s.starts.tolist()) for s in (of, to)), strict=True):
+        yield slice(a, b), slice(c, d)
+
+
+def slow_scores(q, k, causal, scale):
+    scores = torch.einsum("mhd,nhd->hmn", q.float(), k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+    seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril() if causal else torch.tensor(True)
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def slow_flash(q, k, v, of, to, causal, scale):
+    out, norm = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
+    for a, b in spans(of, to):
+        scores = slow_scores(q[a], k[b], causal, scale)
+        norm[:, a] = scores.logsumexp(-1)
+        weights = scores.softmax(-1)
+        out[a] = torch.einsum("hmn,nhd->mhd", weights, v[b].float().repeat_interleave(q.shape[1] // k.shape[1], 1)).to(
+            q
+        )
+    return out, norm
+
+
+def slow_flash_backward(grad, q, k, v, out, norm, of, to, causal, scale):
+    d_q, d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for a, b in spans(of, to):
+        p = (slow_scores(q[a], k[b], causal, scale) - norm[:, a, None]).exp()
+        up, values, keys = grad[a].float(), *(x[b].float().repeat_interleave(group, 1) for x in (v, k))
+        d_p = torch.einsum("mhd,nhd->hmn", up, values)
+        d_s = p * (d_p - (up * out[a].float()).sum(-1).T[..., None]) * scale
+        d_q[a] = torch.einsum("hmn,nhd->mhd", d_s, keys)
+        d_k[b] = torch.einsum("hmn,mhd->nhd", d_s, q[a].float()).unflatten(1, (-1, group)).sum(2)
+        d_v[b] = torch.einsum("hmn,mhd->nhd", p, up).unflatten(1, (-1, group)).sum(2)
+    return d_q.to(q), d_k.to(k), d_v.to(v)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lit_rl.models import takes_attention
+from lit_rl.models import replaceable
 
 ROOM = 256
 """Columns that full buffers grow by at least; else they double."""
@@ -35,14 +35,16 @@ def recordable(model: Any, tokens: int) -> bool:
         and torch.version.cuda is not None
         and tokens >= WORTH
         and not isinstance(weight, DTensor)
-        and model.config.get_text_config()._attn_implementation == "sdpa"
-        and takes_attention(model)
+        and replaceable(model)
     )
 
 
 class FixedLayer(DynamicLayer):
     """Keys and values (rows, heads, room, dim), zero where nothing is yet; an update writes the column `at` (1,) int64, which
     a graph may read anew each time."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
         super().__init__()
@@ -76,12 +78,14 @@ class Recorded:
         self.at = position.new_full((1,), width)
         self.slots = torch.arange(len(position), device=position.device)  # where each live row lies
         self.length = width
+        self.logits: Tensor
+        self.replay: Callable[[], object] | None
         self._lay_out(layers)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token (R,) to each row; the logits (R, V) of the next."""
         if self.length == self.room:
-            self._lay_out([(layer.keys, layer.values) for layer in self.cache.layers])
+            self._lay_out([(layer.keys, layer.values) for layer in self.layers])
         self.ids[self.slots, 0] = tokens
         (self.replay or self._advance)()
         logits = self.logits[self.slots]
@@ -95,23 +99,23 @@ class Recorded:
         self.slots = self.slots[slots]
         if len(self.slots) <= len(self.ids) // 2:
             self.ids, self.position, self.first = (x[self.slots] for x in (self.ids, self.position, self.first))
-            kept = [(layer.keys[self.slots], layer.values[self.slots]) for layer in self.cache.layers]
+            kept = [(layer.keys[self.slots], layer.values[self.slots]) for layer in self.layers]
             self.slots = torch.arange(len(self.slots), device=self.slots.device)
             self._lay_out(kept)
 
     def _lay_out(self, layers: list[tuple[Tensor, Tensor]]) -> None:
         """Buffers with room for these keys and values."""
-        self.replay: Callable[[], object] | None = None  # it would write to the old ones
+        self.replay = None  # it would write to the old ones
         wanted = self.length + min(self.left, max(ROOM, self.length))
-        self.room = -(-wanted // UNIT) * UNIT
+        self.room: int = -(-wanted // UNIT) * UNIT
         self.columns = torch.arange(self.room, device=self.at.device)
-        buffers = []
+        self.layers: list[FixedLayer] = []
         for pair in layers:
             grown = [x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in pair]
             for new, old in zip(grown, pair, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
-            buffers.append(FixedLayer(*grown, self.at))
-        self.cache = Cache(layers=buffers)
+            self.layers.append(FixedLayer(grown[0], grown[1], self.at))
+        self.cache = Cache(layers=list(self.layers))
 
     def _advance(self) -> None:
         """What is recorded: it reads and writes tensors that stay where they are."""
