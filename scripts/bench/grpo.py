@@ -1,6 +1,7 @@
-"""What a GRPO step costs in lit-rl and in TRL, in CPU time and memory, on the same weights, prompts, rewards and token counts.
+"""What a GRPO step costs in lit-rl and in TRL, in time and memory, on the same weights, prompts, rewards and token counts.
 
 Sides take turns, each in a process of its own, so that load on the machine meets all of them and peak memory is a side's own.
+On a GPU the next process starts while one is measured, and waits with nothing but its imports done.
 """
 
 from __future__ import annotations
@@ -26,14 +27,41 @@ SHAPES = {
     "long": Shape(prompts=2, prompt_tokens=(512, 512)),
     "vocabulary": Shape(vocabulary=151_936),
     "smollm2": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
+    "135M": Shape(vocabulary=49_152, hidden=576, layers=30, heads=9, key_heads=3, intermediate=1536),  # as SmolLM2-135M
+    "1.5B": Shape(  # as Qwen2.5-1.5B
+        prompts=16,
+        prompt_tokens=(128, 128),
+        new_tokens=256,
+        vocabulary=151_936,
+        hidden=1536,
+        layers=28,
+        heads=12,
+        key_heads=2,
+        intermediate=8960,
+        micro_batch=32,
+    ),
 }
-LIT, AHEAD, BEST, DEFAULT, FLOOR = "lit-rl", "lit-rl ahead", "TRL best", "TRL default", "floor"
-SIDES: dict[str, tuple[str, dict[str, Any]]] = {  # script and settings
-    LIT: ("with_lit_rl.py", {}),
-    AHEAD: ("with_lit_rl.py", {"ahead": "thread"}),  # for ahead.py: its gain is in the time that elapses
-    BEST: ("with_trl.py", {"bf16": False, "gradient_checkpointing": False}),
-    DEFAULT: ("with_trl.py", {}),
-    FLOOR: ("with_floor.py", {}),  # needs responses of one length
+LIT, AHEAD, MIXED, BEST, DEFAULT, FLOOR = (
+    "lit-rl", "lit-rl ahead", "lit-rl mixed", "TRL best", "TRL default", "floor",
+)  # fmt: skip
+SIDES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # script and settings
+    "cpu": {
+        LIT: ("with_lit_rl.py", {}),
+        AHEAD: ("with_lit_rl.py", {"ahead": "thread"}),  # for ahead.py: its gain is in the time that elapses
+        BEST: ("with_trl.py", {"bf16": False, "gradient_checkpointing": False}),
+        DEFAULT: ("with_trl.py", {}),
+        FLOOR: ("with_floor.py", {}),  # needs responses of one length
+    },
+    "cuda": {  # weights, gradients and AdamW's averages in bfloat16, and in float32 with autocast; each with the other
+        LIT: ("with_lit_rl.py", {"precision": "bf16-true", "dtype": "bfloat16"}),
+        BEST: ("with_trl.py", {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}}),
+        MIXED: ("with_lit_rl.py", {"precision": "bf16-mixed"}),
+        DEFAULT: ("with_trl.py", {}),  # with gradient checkpointing
+    },
+}
+DEFAULT_SHAPES = {
+    "cpu": ["tiny", "natural", "long", "vocabulary"],
+    "cuda": ["tiny", "long", "vocabulary", "135M", "1.5B"],
 }
 GOALS = {  # shape -> (what, against which side, lit-rl's share of it at most); with one thread
     "tiny": [("step", BEST, 0.4), ("step", DEFAULT, 0.15), ("generation", BEST, 0.5), ("memory_mb", BEST, 0.5)],
@@ -47,8 +75,11 @@ Run = dict[str, Any]
 """One repetition of a side: shape, threads, side, and what `Meter` measured."""
 
 
-def measure(shape: Shape, threads: int, side: str, folder: Path, steps: int) -> Run:
-    script, settings = SIDES[side]
+def begin(
+    shape: Shape, threads: int, side: str, folder: Path, steps: int, device: str = "cpu"
+) -> subprocess.Popen[str]:
+    """A process that waits, with its imports done, until `end`."""
+    script, settings = SIDES[device][side]
     here = Path(__file__).resolve().parent
     paths = [str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
@@ -57,30 +88,59 @@ def measure(shape: Shape, threads: int, side: str, folder: Path, steps: int) -> 
         "OMP_WAIT_POLICY": "passive",  # a thread that spins while it waits would count as work
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, str(here / script), *as_arguments(shape, folder, steps, settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
-    if done.returncode:
-        raise RuntimeError(f"{side} failed on {shape}:\n{done.stderr[-3000:]}")
-    return {"threads": threads, "side": side, **json.loads(done.stdout.splitlines()[-1])}
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(here / script), *as_arguments(shape, folder, steps, settings, device)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env, cwd=folder)
 
 
-def repeat(shape: str, args: argparse.Namespace) -> list[Run]:
-    """All runs of one shape, the sides in turn. Each is reported on standard error as it ends."""
-    runs: list[Run] = []
+def end(process: subprocess.Popen[str], limit: float | None = None) -> Run:
+    """What it has measured, within so many seconds."""
+    try:
+        out, errors = process.communicate("\n", timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise RuntimeError(f"not done in {limit:.0f} s:\n{process.communicate()[1][-3000:]}") from None
+    if process.returncode:
+        raise RuntimeError(errors[-3000:])
+    return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def measure(shape: Shape, threads: int, side: str, folder: Path, steps: int) -> Run:
+    return {"threads": threads, "side": side, **end(begin(shape, threads, side, folder, steps))}
+
+
+def repeat(name: str, args: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """All runs of one shape, the sides in turn, and what failed. Each is reported on standard error as it ends."""
+    shape, runs, failures = SHAPES[name], list[Run](), list[str]()
+    sides = [side for side in args.sides if side != FLOOR or shape.forced]
+    turns = [(threads, side) for threads, _, side in product(args.threads, range(args.repeats), sides)]
     with tempfile.TemporaryDirectory() as folder:
-        SHAPES[shape].make(Path(folder))
-        sides = [side for side in args.sides if side != FLOOR or SHAPES[shape].forced]
-        for threads, _, side in product(args.threads, range(args.repeats), sides):
-            runs.append({"shape": shape} | measure(SHAPES[shape], threads, side, Path(folder), args.steps))
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    prompts, responses = zip(*((r["prompt_tokens"], r["new_tokens"]) for r in runs), strict=True)
-    assert len(set(responses)) == 1 or not SHAPES[shape].forced, f"response tokens should be the same: {responses}"
+
+        def start(turn: int) -> subprocess.Popen[str]:
+            return begin(shape, *turns[turn], Path(folder), args.steps, args.device)
+
+        waiting = start(0)
+        shape.make(Path(folder), args.device)
+        for i, (threads, side) in enumerate(turns):
+            process = waiting or start(i)
+            waiting = start(i + 1) if args.device == "cuda" and i + 1 < len(turns) else None
+            run: Run = {"shape": name, "threads": threads, "side": side}
+            run |= {"device": args.device} if args.device != "cpu" else {}
+            try:
+                runs.append(run | end(process, args.limit))
+                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+            except RuntimeError as error:
+                failures.append(f"{side} failed on {name}: {error}")
+                print(failures[-1], file=sys.stderr, flush=True)
+    counts = [sorted({r[what] for r in runs}) or [0] for what in ("new_tokens", "prompt_tokens")]
     # A real model's tokenizer may begin a text with a token of its own, which TRL leaves out.
-    begins = SHAPES[shape].prompts if SHAPES[shape].model else 0
-    assert max(prompts) - min(prompts) <= begins, f"prompt tokens should be the same: {prompts}"
-    return runs
+    begins = shape.prompts if shape.model else 0
+    if (len(counts[0]) > 1 and shape.forced) or counts[1][-1] - counts[1][0] > begins:
+        failures.append(f"the sides should see the same tokens on {name}: responses {counts[0]}, prompts {counts[1]}")
+    return runs, failures
 
 
 def values(runs: list[Run], side: str, what: str) -> list[float]:
@@ -107,11 +167,12 @@ def cell(numbers: list[float]) -> str:
 def table(runs: list[Run]) -> str:
     """Markdown of one shape and number of threads: medians with the range, then ratios as in `ratio`."""
     sides = list(dict.fromkeys(r["side"] for r in runs))
-    lines = [["", *COLUMNS.values(), "response tokens a CPU second of generation"], ["---"] * (len(COLUMNS) + 2)]
+    second = "second" if "device" in runs[0] else "CPU second"
+    lines = [["", *COLUMNS.values(), f"response tokens a {second} of generation"], ["---"] * (len(COLUMNS) + 2)]
     for side in sides:
         rates = [r["new_tokens"] / r["generation"] for r in runs if r["side"] == side]
         lines.append([side, *(cell(values(runs, side, what)) for what in COLUMNS), f"{median(rates):.0f}"])
-    for side in sides[1:]:
+    for side in sides[1:] if LIT in sides else []:
         ratios = [ratio(runs, side, what) for what in COLUMNS]
         lines.append([f"{LIT} / {side}", *(f"{r:.2f}" for r in ratios), f"{1 / ratio(runs, side, 'generation'):.2f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -134,40 +195,55 @@ def tables(runs: list[Run]) -> str:
         tokens = " / ".join(
             f"{middle(here, side, 'new_tokens'):.0f}" for side in dict.fromkeys(r["side"] for r in here)
         )
-        heading = f"### {shape}, {threads} thread{'s' * (threads > 1)}"
-        counts = f"Tokens a step: {middle(here, LIT, 'prompt_tokens'):.0f} of prompts, {tokens} of responses."
-        parts += [heading, table(here), counts + (" " + goals(here, shape) if threads == 1 else "")]
+        gpu = "device" in here[0]
+        heading = f"### {shape}, " + ("GPU" if gpu else f"{threads} thread{'s' * (threads > 1)}")
+        counts = (
+            f"Tokens a step: {middle(here, here[0]['side'], 'prompt_tokens'):.0f} of prompts, {tokens} of responses."
+        )
+        parts += [heading, table(here), counts + (" " + goals(here, shape) if threads == 1 and not gpu else "")]
     return "\n\n".join(parts)
 
 
-def machine() -> dict[str, str]:
-    """The processor and the versions."""
+def machine(device: str = "cpu") -> dict[str, str]:
+    """The processor, or the GPU too, and the versions."""
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    packages = ("torch", "lightning", "transformers", "trl")
-    return {"cpu": f"{model}, {os.cpu_count()} cores"} | {name: version(name) for name in packages}
+    found = {"cpu": f"{model}, {os.cpu_count()} cores"}
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {name: version(name) for name in ("torch", "lightning", "transformers", "trl")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "smollm2"])
-    sides = [side for side in SIDES if side != AHEAD]
-    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="lit-rl first")
+    parser.add_argument("--device", choices=SIDES, default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    sides = list(dict.fromkeys(side for every in SIDES.values() for side in every if side != AHEAD))
+    parser.add_argument("--sides", nargs="+", choices=sides, help="lit-rl first")
     parser.add_argument("--steps", type=int, default=2, help="measured in each process, after one that is not")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--limit", type=float, help="seconds a process may take")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     args = parser.parse_args()
+    args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
+    args.sides = args.sides or [side for side in SIDES[args.device] if side != AHEAD]
     runs: list[Run] = []
-    found = machine()
+    failures: list[str] = []
+    found = machine(args.device)
     for shape in args.shapes:
-        runs += repeat(shape, args)
+        more, failed = repeat(shape, args)
+        runs, failures = runs + more, failures + failed
         if args.json:  # after each shape, since all of them take long
             lines = ",\n".join(json.dumps(r) for r in runs)
             args.json.write_text(f'{{"machine":{json.dumps(found)},\n"steps":{args.steps},\n"runs":[\n{lines}\n]}}\n')
     print(", ".join([found["cpu"], *(f"{k} {v}" for k, v in found.items() if k != "cpu")]) + "\n\n" + tables(runs))
+    if failures:
+        sys.exit("\n\n".join(["", *failures]))
 
 
 if __name__ == "__main__":

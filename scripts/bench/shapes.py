@@ -28,6 +28,10 @@ class Shape:
     vocabulary: int = WORDS
     hidden: int = 128
     layers: int = 4
+    heads: int = 0
+    """0: of size 32; and as many key heads as these, and three times the hidden size in between."""
+    key_heads: int = 0
+    intermediate: int = 0
     forced: bool = True
     no_signal: bool = False
     """Every second prompt rewards all responses alike."""
@@ -50,15 +54,35 @@ class Shape:
             return 1.0
         return sum(ord(c) % 2 == 0 for c in response) / max(1, len(response))
 
-    def make(self, folder: Path) -> None:
-        """Writes model and tokenizer, with an end-of-sequence token that the model's head lacks if responses are `forced`."""
+    def random_model(self, device: str = "cpu") -> Any:
+        """A Llama of these sizes; on a GPU in bfloat16."""
         import torch
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate or 3 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads or self.hidden // 32,
+            num_key_value_heads=self.key_heads or None,
+            max_position_embeddings=2048,
+            tie_word_embeddings=self.vocabulary > WORDS,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        torch.manual_seed(0)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+
+    def make(self, folder: Path, device: str = "cpu") -> None:
+        """Writes model and tokenizer, with an end-of-sequence token that the model's head lacks if responses are `forced`."""
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         from lit_rl.models import load
 
-        torch.manual_seed(0)
         if self.model:
             model, tokenizer = load(self.model)
         else:
@@ -66,19 +90,7 @@ class Shape:
             words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
             words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-            config = LlamaConfig(
-                vocab_size=self.vocabulary,
-                hidden_size=self.hidden,
-                intermediate_size=3 * self.hidden,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.hidden // 32,
-                max_position_embeddings=2048,
-                tie_word_embeddings=self.vocabulary > WORDS,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
-            model = LlamaForCausalLM(config)
+            model = self.random_model(device)
         if self.forced:
             tokenizer.add_special_tokens({"eos_token": "<never>"})
             assert tokenizer.eos_token_id == len(tokenizer) - 1 >= model.config.vocab_size
@@ -111,8 +123,11 @@ def cpu_seconds() -> float:
 
 @dataclass
 class Meter:
-    """Of one run. The first step is not counted; memory is the whole run's peak, above what the imports hold."""
+    """Of one run. The first step is not counted; memory is the whole run's peak. On a CPU time is that of the processor, and
+    memory is above what the imports hold; on a GPU time is what elapses while the device has nothing else to do, and memory
+    is what torch has allocated there."""
 
+    device: str = "cpu"
     ends: list[float] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
     """At the ends of steps: what has elapsed, which says something on a machine that has nothing else to do."""
@@ -124,18 +139,27 @@ class Meter:
     """In `model` calls, by the end of each step."""
 
     def start(self) -> None:
-        """When everything is imported and nothing made."""
+        """When everything is imported and nothing made, and it is this process's turn."""
+        sys.stdin.readline()
         gc.collect()
         with open("/proc/self/statm") as file:
             self.imported = int(file.read().split()[1]) * resource.getpagesize()
+
+    def now(self) -> float:
+        if self.device == "cpu":
+            return cpu_seconds()
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def generating(self, generate: Callable[..., Any], count: Callable[[Any], tuple[int, int]]) -> Callable[..., Any]:
         """`generate`, measured; count: of what it returns, the tokens of all prompts and of all responses."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
-            begin = cpu_seconds()
+            begin = self.now()
             result = generate(*args, **kwargs)
-            self.generation.append(cpu_seconds() - begin)
+            self.generation.append(self.now() - begin)
             for tokens, n in zip((self.prompt_tokens, self.new_tokens), count(result), strict=True):
                 tokens.append(n)
             return result
@@ -143,7 +167,10 @@ class Meter:
         return measured
 
     def model(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time is not the program's own. Such functions do not call each other."""
+        """`function`, whose time is not the program's own. Such functions do not call each other. On a GPU they are not
+        measured, since to wait for each would change what is measured."""
+        if self.device != "cpu":
+            return function
 
         def measured(*args: Any, **kwargs: Any) -> Any:
             begin = cpu_seconds()
@@ -154,34 +181,42 @@ class Meter:
         return measured
 
     def step_ended(self) -> None:
-        self.ends.append(cpu_seconds())
+        self.ends.append(self.now())
         self.clock.append(time.perf_counter())
         self.inside.append(self.inside[-1])
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device != "cpu":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        # not ru_maxrss, which begins with that of the process that started this one
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 - self.imported
 
     def print(self) -> None:
         steps = len(self.ends) - 1
         step, generation = (self.ends[-1] - self.ends[0]) / steps, sum(self.generation[1:]) / steps
-        # not ru_maxrss, which begins with that of the process that started this one
-        with open("/proc/self/status") as file:
-            peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
         numbers = {
             "step": step,
             "elapsed": (self.clock[-1] - self.clock[0]) / steps,
             "generation": generation,
             "training": step - generation,
-            "memory_mb": (peak - self.imported) / 2**20,
+            "memory_mb": self.peak() / 2**20,
             "prompt_tokens": sum(self.prompt_tokens[1:]) / steps,
             "new_tokens": sum(self.new_tokens[1:]) / steps,
-            "program": step - (self.inside[-1] - self.inside[0]) / steps,
         }
+        if self.device == "cpu":
+            numbers["program"] = step - (self.inside[-1] - self.inside[0]) / steps
         print("\n" + json.dumps(numbers))
 
 
-def arguments() -> tuple[Shape, str, int, dict[str, Any]]:
-    """Of a side's process: shape, the model's folder, steps to measure, further settings."""
-    shape, folder, steps, settings = sys.argv[1:]
-    return Shape(**json.loads(shape)), folder, int(steps), json.loads(settings)
+def arguments() -> tuple[Shape, str, int, dict[str, Any], str]:
+    """Of a side's process: shape, the model's folder, steps to measure, further settings, device."""
+    shape, folder, steps, settings, device = sys.argv[1:]
+    return Shape(**json.loads(shape)), folder, int(steps), json.loads(settings), device
 
 
-def as_arguments(shape: Shape, folder: Path, steps: int, settings: dict[str, Any]) -> list[str]:
-    return [json.dumps(asdict(shape)), str(folder), str(steps), json.dumps(settings)]
+def as_arguments(shape: Shape, folder: Path, steps: int, settings: dict[str, Any], device: str) -> list[str]:
+    return [json.dumps(asdict(shape)), str(folder), str(steps), json.dumps(settings), device]

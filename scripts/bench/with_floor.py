@@ -16,9 +16,9 @@ from lit_rl import ops
 
 
 def main() -> None:
-    meter = Meter()
+    shape, folder, steps, _, device = arguments()
+    meter = Meter(device)
     meter.start()
-    shape, folder, steps, _ = arguments()
     config = AutoConfig.from_pretrained(folder)
     width, heads = config.hidden_size, config.num_attention_heads
     dim, inner = width // heads, config.intermediate_size

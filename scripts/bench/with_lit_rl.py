@@ -30,9 +30,10 @@ class Steps(L.Callback):
 
 
 def main() -> None:
-    meter = Meter()
+    shape, folder, steps, settings, device = arguments()
+    precision = settings.pop("precision", "32-true")
+    meter = Meter(device)
     meter.start()
-    shape, folder, steps, settings = arguments()
     policy = GRPO(
         folder,
         kl_coef=0.0,
@@ -54,8 +55,9 @@ def main() -> None:
     ops.linear_logprob, adam.adam = meter.model(ops.linear_logprob), meter.model(adam.adam)
     trainer = L.Trainer(
         max_steps=steps + 1,
-        accelerator="cpu",
+        accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
+        precision=precision,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,

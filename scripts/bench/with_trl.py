@@ -17,9 +17,9 @@ class Steps(TrainerCallback):
 
 
 def main() -> None:
-    meter = Meter()
+    shape, folder, steps, settings, device = arguments()
+    meter = Meter(device)
     meter.start()
-    shape, folder, steps, settings = arguments()
     rows = shape.prompts * shape.samples
     micro_batch = min(rows, shape.micro_batch)
 
@@ -37,7 +37,7 @@ def main() -> None:
             max_completion_length=shape.new_tokens,
             max_steps=steps + 1,
             shuffle_dataset=False,  # each step has all prompts, on both sides
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
