@@ -80,7 +80,8 @@ class Update:
         memory = megabytes(self.both)
         took, first = milliseconds(self.both, 20), milliseconds(self.forward, 20)
         rate = operations(self.shape, self.body) / took / 1e9
-        row: Row = {"model": self.name, "layout": layout, "slices": len(self.slices), "forward, ms": first}
+        chosen = layout if layout in LAYOUTS else f"its own: {terms._layout.__name__}"
+        row: Row = {"model": self.name, "layout": chosen, "slices": len(self.slices), "forward, ms": first}
         row |= {"update, ms": took, "TFLOP/s": rate, "share of peak": rate / rates["bfloat16"], "MB": memory}
         print(json.dumps(row), flush=True)
         return row
@@ -99,7 +100,7 @@ def updates(rates: dict[str, float]) -> list[Row]:
     rows = []
     for name, shape in MODELS.items():
         update = Update(name, shape)
-        for layout in ("as it comes", *LAYOUTS):
+        for layout in ("its own", *LAYOUTS):
             rows.append(attempt(f"{name}, {layout}", partial(update.measure, layout, rates)))
             if CUDA and layout != "masked":
                 attempt("profile", update.profile)
