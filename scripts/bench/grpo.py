@@ -122,7 +122,7 @@ def repeat(name: str, args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         def start(turn: int) -> subprocess.Popen[str]:
             return begin(shape, *turns[turn], Path(folder), args.steps, args.device)
 
-        waiting = start(0)
+        waiting: subprocess.Popen[str] | None = start(0)
         shape.make(Path(folder), args.device)
         for i, (threads, side) in enumerate(turns):
             process = waiting or start(i)

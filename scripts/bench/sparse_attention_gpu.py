@@ -142,8 +142,8 @@ def each(part: Callable[[int], list[Row]]) -> list[Row]:
 
 # What the kernels are launched with; the last numbers of each are queries times heads, and pooled keys, at a time.
 WALKS = [(warps, stages, 16, 32) for warps, stages in ((8, 2), (4, 2), (2, 2), (1, 2), (4, 3), (2, 3))]
-SEVERAL = [(warps, stages, rows, 32) for (warps, stages), rows in product(((8, 2), (4, 2), (4, 3)), (16, 64, 128))]
-SCORES = [(warps, 2, rows, tile) for warps, rows, tile in product((8, 4), (16, 64), (32, 64, 128))]
+SEVERAL = [(warps, stages, rows, 32) for (warps, stages), rows in product(((8, 2), (8, 3), (4, 2)), (16, 32, 64))]
+SCORES = [(warps, 2, rows, tile) for warps, rows, tile in product((8, 4), (16, 64), (32, 64))]
 CASES = [(kind, case) for kind in ("forward", "d q") for case in WALKS]
 CASES += [("d k, d v", case) for case in SEVERAL] + [("choice", case) for case in SCORES]
 
