@@ -1,34 +1,38 @@
-"""InfLLM-v2's Triton kernels in Triton's interpreter, against the twins. test_infllm_triton.py runs this file: the interpreter
-is chosen when triton is imported, for the whole process. An interpreted program takes a few milliseconds a block."""
+"""InfLLM-v2's Triton kernels, in Triton's interpreter or on a GPU, against the twins. test_infllm_triton.py runs this file. An
+interpreted program takes a few milliseconds a block."""
 
 import pytest
 import torch
+from checks import ON_GPU, where_kernels_run  # noqa: F401  (a fixture)
 
 from lit_rl import ops
 from lit_rl.kernels import infllm, infllm_triton, infllm_triton_select
 from lit_rl.kernels.infllm import Sequences, Settings
 
 SCALE = 0.3
+HALF = [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 SMALL = Settings(kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=2, dense_len=-1)
 ODD = Settings(
     kernel_size=12, kernel_stride=4, block_size=12, init_blocks=0, window_size=0, topk=2, dense_len=20, coarse=False
 )
-CASES = {  # settings, query and key heads, sizes of key and value
-    "group of 3": (SMALL, 6, 2, 7, 5),
-    "group of 1, odd blocks, exact": (ODD, 2, 2, 16, 16),
-    "one key head": (SMALL, 4, 1, 20, 33),
+CASES = {  # settings, query and key heads, sizes of key and value, and what lengths are multiplied by
+    "group of 3": (SMALL, 6, 2, 7, 5, 1),
+    "group of 1, odd blocks, exact": (ODD, 2, 2, 16, 16, 1),
+    "one key head": (SMALL, 4, 1, 20, 33, 1),
 }
+if ON_GPU:  # the paper's heads, kernels and blocks
+    CASES["large"] = (Settings(window_size=256, topk=4, dense_len=-1), 32, 2, 128, 128, 32)
 
 
 def example(case, dtype=torch.float32):
     """A row with two sequences, one with a chunk of queries that continues a cache, padding on both sides, and nothing else."""
-    assert infllm_triton_select.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
-    settings, heads, key_heads, d, e = case
+    assert infllm_triton_select.INTERPRETED != ON_GPU
+    settings, heads, key_heads, d, e, times = case
     torch.manual_seed(0)
-    q = torch.randn(2, heads, 26, d).to(dtype).requires_grad_()
-    k, v = (torch.randn(2, key_heads, 61, size).to(dtype).requires_grad_() for size in (d, e))
-    seqs = Sequences(*torch.tensor([[0, 0, 5, 2, 5], [0, 6, 17, 10, 51], [1, 11, 9, 0, 60]]).T)
-    return settings, q, k, v, seqs
+    q = torch.randn(2, heads, 26 * times, d).to(dtype).requires_grad_()
+    k, v = (torch.randn(2, key_heads, 61 * times, size).to(dtype).requires_grad_() for size in (d, e))
+    row, *places = torch.tensor([[0, 0, 5, 2, 5], [0, 6, 17, 10, 51], [1, 11, 9, 0, 60]]).T
+    return settings, q, k, v, Sequences(row, *(x * times for x in places))
 
 
 def gradients(out, up, *inputs):
@@ -60,15 +64,16 @@ def test_selection(name, dtype):
     assert got.dtype == torch.int32
     assert torch.equal((got >= 0).sum(-1), (want >= 0).sum(-1))
     if dtype == torch.float32:
-        assert torch.equal(got, want)
+        assert float((got == want).double().mean()) >= (0.999 if name == "large" else 1.0)  # few of many are near a tie
     ours, best = (mass(x, q.detach(), k.detach(), seqs, settings) for x in (got, want))
     assert (ours >= best * (1 - (1e-5 if dtype == torch.float32 else 0.02))).all()
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
-    [*((name, torch.float32, 2e-6) for name in CASES), ("group of 3", torch.float16, 2e-3), ("group of 3", torch.bfloat16, 1e-2)],
-)  # fmt: skip
+    [(name, torch.float32, 1e-5 if ON_GPU else 2e-6) for name in CASES]
+    + [(name, *half) for name in ("group of 3", *(["large"] * ON_GPU)) for half in HALF],
+)
 def test_attention_and_all_gradients(name, dtype, tolerance):
     settings, *tensors, seqs = example(CASES[name], dtype)
     blocks = infllm.naive_select(*tensors[:2], seqs, settings, SCALE)
@@ -80,6 +85,15 @@ def test_attention_and_all_gradients(name, dtype, tolerance):
     assert_same(got, gradients(want, up, *doubles), tolerance)
 
 
+def test_the_same_bits_each_time():
+    settings, *tensors, seqs = example(list(CASES.values())[-1], torch.bfloat16)
+    blocks = infllm_triton.select(*tensors[:2], seqs, settings, SCALE)
+    assert torch.equal(infllm_triton.select(*tensors[:2], seqs, settings, SCALE), blocks)
+    first, again = (infllm_triton.attention(*tensors, blocks, seqs, settings.block_size, SCALE) for _ in range(2))
+    up = torch.randn_like(first)
+    assert all(map(torch.equal, gradients(first, up, *tensors), gradients(again, up, *tensors)))
+
+
 def test_only_what_is_needed_and_strided_inputs():
     settings, q, k, v, seqs = example(CASES["group of 3"])
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -87,9 +101,8 @@ def test_only_what_is_needed_and_strided_inputs():
     blocks = infllm_triton.select(q, k, seqs, settings, SCALE)
     up = torch.randn(*q.shape[:3], v.shape[3])
     want = gradients(infllm.naive_attention(q, k, v, blocks, seqs, settings.block_size, SCALE), up, q)
-    assert_same(
-        gradients(infllm_triton.attention(q, k, v, blocks, seqs, settings.block_size, SCALE), up, q), want, 2e-6
-    )
+    got = gradients(infllm_triton.attention(q, k, v, blocks, seqs, settings.block_size, SCALE), up, q)
+    assert_same(got, want, 1e-5 if ON_GPU else 2e-6)
 
 
 def test_scores_far_apart_stay_finite():
@@ -104,8 +117,9 @@ def test_scores_far_apart_stay_finite():
 
 
 def test_the_door_leads_here(monkeypatch):
-    """What a GPU's tensors go through, but on this device."""
-    monkeypatch.setattr(ops, "_takes_triton", lambda x: True)
+    """What a GPU's tensors go through."""
+    if not ON_GPU:
+        monkeypatch.setattr(ops, "_takes_triton", lambda x: True)
     settings, *tensors, seqs = example(CASES["group of 3"])
     blocks = ops.select_blocks(*tensors[:2], seqs, settings, SCALE)
     assert torch.equal(blocks, infllm_triton.select(*tensors[:2], seqs, settings, SCALE))

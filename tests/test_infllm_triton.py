@@ -1,13 +1,18 @@
-"""InfLLM-v2's Triton kernels: their numbers in Triton's interpreter, and that they compile for the GPUs they are meant for."""
+"""InfLLM-v2's Triton kernels: their numbers, interpreted and on a GPU, and that they compile for GPUs."""
 
-import interpreter
+import checks
 import pytest
 import torch
 
 
 @pytest.mark.slow
 def test_numbers():
-    interpreter.check("infllm_checks.py")
+    checks.check("infllm_checks.py", interpreted=True)
+
+
+@checks.gpu
+def test_numbers_on_a_gpu():
+    checks.check("infllm_checks.py", interpreted=False)
 
 
 @pytest.mark.parametrize(

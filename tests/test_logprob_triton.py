@@ -1,8 +1,8 @@
-"""The head's Triton kernels: their numbers in Triton's interpreter, and that they compile for the GPUs they are meant for."""
+"""The head's Triton kernels: their numbers, interpreted and on a GPU, and that they compile for the GPUs they are meant for."""
 
 import sys
 
-import interpreter
+import checks
 import pytest
 import torch
 
@@ -11,7 +11,12 @@ from lit_rl.kernels import logprob
 
 
 def test_numbers():
-    interpreter.check("triton_checks.py")
+    checks.check("triton_checks.py", interpreted=True)
+
+
+@checks.gpu
+def test_numbers_on_a_gpu():
+    checks.check("triton_checks.py", interpreted=False)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -1,12 +1,17 @@
-"""The ternary Triton kernel: its numbers in Triton's interpreter, and that it compiles for the GPUs it is meant for."""
+"""The ternary Triton kernel: its numbers, interpreted and on a GPU, and that it compiles for the GPUs it is meant for."""
 
-import interpreter
+import checks
 import pytest
 import torch
 
 
 def test_numbers():
-    interpreter.check("triton_ternary_checks.py")
+    checks.check("triton_ternary_checks.py", interpreted=True)
+
+
+@checks.gpu
+def test_numbers_on_a_gpu():
+    checks.check("triton_ternary_checks.py", interpreted=False)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

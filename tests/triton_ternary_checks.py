@@ -1,20 +1,22 @@
-"""The ternary Triton kernel in Triton's interpreter, against its twin. test_ternary_triton.py runs this file: the interpreter
-is chosen when triton is imported, for the whole process."""
+"""The ternary Triton kernel, in Triton's interpreter or on a GPU, against its twin. test_ternary_triton.py runs this file."""
 
 import pytest
 import torch
+from checks import ON_GPU, where_kernels_run  # noqa: F401  (a fixture)
 
 from lit_rl import ops
 from lit_rl.kernels import ternary, ternary_triton
 
-SHAPES = [(1, 1, 1, 1), (3, 17, 64, 32), (2, 5, 37, 37), (17, 18, 42, 3)]
-"""Tokens, outputs, inputs, group; blocks are of 16."""
+LARGE = [(1000, 1536, 576, 32)] if ON_GPU else []
+SHAPES = [(1, 1, 1, 1), (3, 17, 64, 32), (2, 5, 37, 37), (17, 18, 42, 3), *LARGE]
+"""Tokens, outputs, inputs, group."""
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    assert ternary_triton.INTERPRETED, "set TRITON_INTERPRET=1 before triton is imported"
-    monkeypatch.setattr(ternary_triton, "BLOCKS", dict.fromkeys(ternary_triton.BLOCKS, (16, 16, 16)))
+    assert ternary_triton.INTERPRETED != ON_GPU
+    if not ON_GPU:
+        monkeypatch.setattr(ternary_triton, "BLOCKS", dict.fromkeys(ternary_triton.BLOCKS, (16, 16, 16)))
 
 
 def example(tokens, out, width, group, dtype=torch.float32):
@@ -28,7 +30,7 @@ def test_float32(shape):
     x, packed, scales = example(*shape)
     want = ternary.naive_ternary_linear(x.double(), packed, scales)
     got = ternary_triton.ternary_linear(x, packed, scales)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=max(1e-5, 1e-7 * shape[2]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -38,7 +40,7 @@ def test_bfloat16_is_rounded_once(shape):
     got = ternary_triton.ternary_linear(x, packed, scales)
     assert got.dtype == torch.bfloat16
     want = ternary.naive_ternary_linear(x.double(), packed, scales)
-    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-3 if ON_GPU else 1e-4)  # matrix units cut off
 
 
 def test_strided_inputs_and_none():
@@ -50,12 +52,14 @@ def test_strided_inputs_and_none():
     assert ternary_triton.ternary_linear(x[:0], packed, scales).shape == (0, 18)
 
 
-def test_a_tokens_numbers_do_not_depend_on_its_batch():
-    x, packed, scales = example(40, 17, 32, 32)
-    # Eighths, whose products are exact: the interpreter's own, NumPy's, round a row by where in the tile it stands.
-    x, scales = ((numbers * 8).round() / 8 for numbers in (x, scales))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 17, 32, 32), *LARGE])
+def test_a_tokens_numbers_do_not_depend_on_its_batch(shape, dtype):
+    x, packed, scales = example(*shape, dtype)
+    if not ON_GPU:  # eighths, whose products are exact: the interpreter's, NumPy's, round a row by where in the tile it stands
+        x, scales = ((numbers * 8).round() / 8 for numbers in (x, scales))
     together = ternary_triton.ternary_linear(x, packed, scales)
-    for part in (slice(0, 7), slice(7, 30), slice(30, 40)):
+    for part in (slice(0, 1), slice(1, 7), slice(7, 30), slice(30, None)):
         assert torch.equal(ternary_triton.ternary_linear(x[part], packed, scales), together[part])
 
 
@@ -66,9 +70,10 @@ def test_what_it_does_not_compute_is_an_error():
 
 
 def test_the_door_leads_here(monkeypatch):
-    monkeypatch.setattr(ops, "_takes_triton", lambda x: True)
+    if not ON_GPU:
+        monkeypatch.setattr(ops, "_takes_triton", lambda x: True)
     x, packed, scales = example(3, 17, 32, 32)
     assert torch.equal(ops.ternary_linear(x, packed, scales), ternary_triton.ternary_linear(x, packed, scales))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         got = ops.ternary_linear(x, packed, scales)
     assert torch.equal(got, ternary_triton.ternary_linear(x.bfloat16(), packed, scales))
