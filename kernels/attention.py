@@ -40,10 +40,9 @@ def groups(blocks: Tensor) -> list[list[Block]]:
 def visible(each: list[list[Block]], device: torch.device | None = None) -> Tensor:
     """(M, M) bool: the tokens that each token of these groups sees."""
     sizes = [[block.length for block in group for _ in range(block.number)] for group in each]
-    group = torch.tensor([g for g, lengths in enumerate(sizes) for n in lengths for _ in range(n)])
-    segment = torch.tensor([s for lengths in sizes for s, n in enumerate(lengths) for _ in range(n)])  # 0 is the prompt
-    seen = (group[:, None] == group) & ((segment == 0) | (segment[:, None] == segment))
-    return seen.tril().to(device)
+    of = [(g, s) for g, lengths in enumerate(sizes) for s, n in enumerate(lengths) for _ in range(n)]
+    group, segment = torch.tensor(of, device=device).T  # segment 0 is the prompt
+    return ((group[:, None] == group) & ((segment == 0) | (segment[:, None] == segment))).tril()
 
 
 def naive_packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:

@@ -98,6 +98,15 @@ class _PackedAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None
 
 
+def masked_groups(blocks: Tensor, device: torch.device) -> list[tuple[slice, Tensor]]:
+    """Of a pack: each group's tokens, and what they see of each other. Made and kept as a plan is."""
+    found: list[tuple[slice, Tensor]] | None = getattr(blocks, "masked_groups", None)
+    if found is None:
+        each = [(slice(group[0].start, group[-1].tokens.stop), visible([group], device)) for group in groups(blocks)]
+        found = blocks.masked_groups = each  # type: ignore[attr-defined]
+    return found
+
+
 def _takes_flash(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0 and x.shape[-1] <= MAX_DIM
 
@@ -109,8 +118,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, 
         out = _PackedAttention.apply(*rows, plan(blocks, query.device), scale)
         return out.transpose(0, 1)[None]  # type: ignore[no-any-return]
     parts = []
-    for group in groups(blocks):
-        q, k, v = (x[:, :, group[0].start : group[-1].tokens.stop] for x in (query, key, value))
+    for tokens, seen in masked_groups(blocks, query.device):
+        q, k, v = (x[:, :, tokens] for x in (query, key, value))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        parts.append(F.scaled_dot_product_attention(q, k, v, visible([group], query.device), scale=scale))
+        parts.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale))
     return torch.cat(parts, 2)

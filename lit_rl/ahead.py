@@ -20,7 +20,8 @@ class Ahead:
     """
 
     def __init__(self, model: nn.Module, device: str | None = None) -> None:
-        self.model, self.device, self.version = model.requires_grad_(False), device, -1
+        # Its weights require a gradient, as the policy's do: autocast keeps its casts of such alone from pass to pass.
+        self.model, self.device, self.version = model, device, -1
         """The step whose weights the copy has."""
         self.forward = Forward(model)
         self.policy: Any = None

@@ -29,6 +29,8 @@ def check(name: str, interpreted: bool) -> None:
 @pytest.fixture(autouse=True)
 def where_kernels_run():
     """For a file of checks to import: its tensors are made on the GPU, where there is one."""
-    assert ON_GPU or os.environ.get("TRITON_INTERPRET"), "without a GPU set TRITON_INTERPRET=1 before triton is imported"
+    assert ON_GPU or os.environ.get("TRITON_INTERPRET"), (
+        "without a GPU set TRITON_INTERPRET=1 before triton is imported"
+    )
     with torch.device("cuda" if ON_GPU else "cpu"):
         yield

@@ -273,6 +273,13 @@ def test_frequencies_of_completions(llama: Any) -> None:
     assert chi2 < 8 + 4 * math.sqrt(16) + 4
 
 
+@pytest.fixture(params=["sums of floats", "sums of whole numbers"])
+def counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(sampling, "COUNTING", ("cpu",) if "whole" in request.param else ())
+
+
+@pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("seed", range(2))
 def test_kept_sets_are_those_of_transformers(seed: int) -> None:
     """A fine comb of uniforms reaches every kept token of some probability, and none else."""
@@ -307,6 +314,7 @@ def test_uniforms_are_a_function_of_the_seed() -> None:
     assert len(wide.unique()) > 1750
 
 
+@pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("uniform", [2.0**-24, 1 - 2.0**-24])
 def test_no_draw_falls_outside_the_support(uniform: float) -> None:
     """At both ends of (0, 1), whatever the rounding of the mass, the token has a probability above 0."""

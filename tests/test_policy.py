@@ -237,3 +237,14 @@ def test_a_checkpoint_holds_no_objects_and_exports_alone():
     run.save_checkpoint("x.ckpt")
     export_checkpoint("x.ckpt", "exported")
     assert torch.equal(weights(Rollout("exported")), weights(module))
+
+
+@pytest.mark.parametrize(("products", "exact"), [("highest", True), ("high", False)])
+def test_a_samplers_log_probabilities_are_not_exact_where_products_are_rounded_to_tf32(products, exact):
+    module = policy()
+    torch.set_float32_matmul_precision(products)
+    try:
+        trainer(max_steps=1).fit(module, Letters(n=8))
+        assert module.takes_sampler_logps == exact
+    finally:
+        torch.set_float32_matmul_precision("highest")

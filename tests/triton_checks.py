@@ -128,7 +128,9 @@ def test_no_tokens():
 def test_a_tokens_numbers_do_not_depend_on_its_batch(shape, dtype):
     """Any split into micro-batches gives the same bits, so that a ratio is exactly one on policy."""
     hidden, weight, targets, _ = example(*shape, dtype)
-    if not ON_GPU:  # eighths, whose products are exact: the interpreter's, NumPy's, round a row by where in the tile it stands
+    if (
+        not ON_GPU
+    ):  # eighths, whose products are exact: the interpreter's, NumPy's, round a row by where in the tile it stands
         hidden, weight = ((x.detach() * 8).round() / 8 for x in (hidden, weight))
     together = logprob_triton.linear_logprob(hidden, weight, targets)
     for part in (slice(0, 1), slice(1, 7), slice(7, 30), slice(30, None)):

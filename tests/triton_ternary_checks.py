@@ -56,7 +56,9 @@ def test_strided_inputs_and_none():
 @pytest.mark.parametrize("shape", [(40, 17, 32, 32), *LARGE])
 def test_a_tokens_numbers_do_not_depend_on_its_batch(shape, dtype):
     x, packed, scales = example(*shape, dtype)
-    if not ON_GPU:  # eighths, whose products are exact: the interpreter's, NumPy's, round a row by where in the tile it stands
+    if (
+        not ON_GPU
+    ):  # eighths, whose products are exact: the interpreter's, NumPy's, round a row by where in the tile it stands
         x, scales = ((numbers * 8).round() / 8 for numbers in (x, scales))
     together = ternary_triton.ternary_linear(x, packed, scales)
     for part in (slice(0, 1), slice(1, 7), slice(7, 30), slice(30, None)):

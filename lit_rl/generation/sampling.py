@@ -10,6 +10,10 @@ from torch import Tensor
 
 from lit_rl.generation.base import Sampling
 
+UNITS = 2.0**40
+"""That a probability of one has, where it is counted in whole numbers. The rounding of a vocabulary is below that of a float32."""
+COUNTING = ("cuda",)
+"""Devices that do: their parallel scans add in an order of their own, which whole numbers do not depend on."""
 PART = 2**18
 """Probabilities that a CPU holds at once, in elements: larger tensors leave its cache, and are new memory each time."""
 
@@ -53,18 +57,27 @@ def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, 
     elif sampling.top_p < 1:
         probs, index = probs.sort(descending=True, stable=True)
     if sampling.top_p < 1:
-        before = probs.cumsum(-1) - probs
-        probs = probs.where(before < sampling.top_p * probs.sum(-1, keepdim=True), 0)
+        counted = _counted(probs)
+        before = counted.cumsum(-1) - counted
+        probs = probs.where(before < sampling.top_p * counted.sum(-1, keepdim=True), 0)
     if sampling.min_p:
         probs = probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0)
-    # A CPU sums in double and rounds, so that the CDF ascends; the partial sums of a parallel scan in float32 may not.
-    cdf = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else None)
+    cdf = _counted(probs).cumsum(-1)  # a CPU sums in double and rounds, so that it ascends
     mass = cdf[:, -1:]
-    # The product is above 0 and at most the mass, so some slot's CDF reaches it, and the first one adds to the CDF: its
+    if cdf.is_floating_point():
+        number = uniform[:, None] * mass
+    else:
+        number, mass = (uniform.double()[:, None] * mass).ceil().long(), mass / UNITS
+    # The number is above 0 and at most the mass, so some slot's CDF reaches it, and the first one adds to the CDF: its
     # probability is not 0, however sums are rounded. Only NaN passes the end.
-    slot = torch.searchsorted(cdf, uniform[:, None] * mass).clamp_(max=cdf.shape[-1] - 1)
+    slot = torch.searchsorted(cdf, number).clamp_(max=cdf.shape[-1] - 1)
     token = slot if index is None else index.gather(-1, slot)
     cut = index is not None or sampling.min_p > 0
     log_kept = mass.float().log() if cut else torch.zeros_like(mass, dtype=torch.float32)
     logp = probs.gather(-1, slot).log() - log_kept
     return token.squeeze(-1), logp.squeeze(-1), log_kept.squeeze(-1)
+
+
+def _counted(probs: Tensor) -> Tensor:
+    """What to add up of probabilities: themselves, or UNITS, int64."""
+    return (probs * UNITS).long() if probs.device.type in COUNTING else probs
