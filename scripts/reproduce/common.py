@@ -1,4 +1,5 @@
-"""What the reproductions share: a tiny model that is warm-started once a seed, one way to train and test it, tables and plots."""
+"""What the reproductions share: a tiny model that is warm-started once a seed, one way to train and test it, here or in processes
+of its own, tables and plots."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import shutil
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from html import escape
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -46,30 +50,39 @@ STYLE = (
     "polyline{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}circle{fill:var(--c)}"
 )
 Record = dict[str, Any]
-"""Of one run: arm, seed, test (numbers on held-out tasks), curves ({name: [[step, value]]}), cpu_seconds."""
+"""Of one run: arm, seed, test (numbers on held-out tasks), curves ({name: [[step, value]]}), cpu_seconds, and those elapsed."""
+Runs = Callable[[], Iterable[Record]]
+"""One run or several, one after another; something that can be pickled."""
 
 
-def options(
-    description: str | None, steps: int, warm_steps: int = 160, models: Sequence[str] = ()
-) -> argparse.Namespace:
-    """The command line of a reproduction; its defaults are the settings whose results the documentation shows. With `models` it
-    takes one of them, the first by default."""
+def parser(description: str | None, steps: int, warm_steps: int = 160) -> argparse.ArgumentParser:
+    """The command line of a reproduction; its defaults are the settings whose results the documentation shows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps, help="of reinforcement learning")
     parser.add_argument("--warm-steps", type=int, default=warm_steps, help="of SFT on worked solutions before it")
     parser.add_argument("--tasks", type=int, default=200, help="held-out ones of the test")
     parser.add_argument("--batch", type=int, default=16, help="tasks a step")
-    if models:
-        parser.add_argument("--model", choices=models, default=models[0])
+    parser.add_argument("--accelerator", default="cpu", help="the Trainer's: gpu, auto, ...")
+    parser.add_argument("--precision", default="32-true", help="the Trainer's; 32-true is TF32 on a GPU")
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="folder of models and metrics")
     parser.add_argument("--out", type=Path, default=Path("docs/reproductions"), help="folder of numbers and plots")
-    args = parser.parse_args()
+    return parser
+
+
+def options(description: str | None, **kwargs: Any) -> argparse.Namespace:
+    """What was given to the command line of `parser`."""
+    args = parser(description, **kwargs).parse_args()
+    prepare()
+    return args
+
+
+def prepare() -> None:
+    """This process, for training."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     disable_progress_bar()
     torch.set_float32_matmul_precision("high")
-    return args
 
 
 def bootcamp(args: argparse.Namespace, seed: int, **kwargs: Any) -> Bootcamp:
@@ -79,10 +92,13 @@ def bootcamp(args: argparse.Namespace, seed: int, **kwargs: Any) -> Bootcamp:
     return Bootcamp(**{**defaults, **sizes, **kwargs})
 
 
-def trainer(steps: int, folder: Path, callbacks: Iterable[L.Callback] = (), validate: int = 0) -> L.Trainer:
+def trainer(
+    args: argparse.Namespace, steps: int, folder: Path, callbacks: Iterable[L.Callback] = (), validate: int = 0
+) -> L.Trainer:
     return L.Trainer(
         max_steps=steps,
-        accelerator="cpu",
+        accelerator=args.accelerator,
+        precision=args.precision,
         devices=1,
         gradient_clip_val=1.0,
         logger=RunLogger(str(folder)),
@@ -106,7 +122,7 @@ def warm_start(args: argparse.Namespace, seed: int, steps: int | None = None, mo
         L.seed_everything(seed, verbose=False)
         policy = SFT(model, lr=2e-3, schedule="cosine", warmup_steps=min(10, steps - 1), microbatch_tokens=2048)
         shutil.rmtree(folder / "log", ignore_errors=True)
-        trainer(steps, folder / "log").fit(policy, bootcamp(args, seed, **{"batch_size": 32, **data}))
+        trainer(args, steps, folder / "log").fit(policy, bootcamp(args, seed, **{"batch_size": 32, **data}))
         policy.export(folder / model)
     return str(folder / model)
 
@@ -133,24 +149,64 @@ def run(
     prefix. With no steps it tests what the arm begins with."""
     folder = folder_of(args, name, arm, seed)
     shutil.rmtree(folder, ignore_errors=True)
-    begin = time.process_time()
+    begin, began = time.process_time(), time.perf_counter()
     L.seed_everything(seed, verbose=False)
     policy, steps = make(), args.steps if steps is None else steps
     if steps:
-        trainer(steps, folder, callbacks, validate=min(validate, steps)).fit(policy, data)
+        trainer(args, steps, folder, callbacks, validate=min(validate, steps)).fit(policy, data)
     numbers: dict[str, Any] = {}
     for prefix, held_out in {"": data, **tests}.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            (found,) = trainer(0, folder / "test").test(policy, held_out, verbose=False)
+            (found,) = trainer(args, 0, folder / "test").test(policy, held_out, verbose=False)
         numbers |= {prefix + k.removeprefix("test/"): round(v, 4) for k, v in found.items()}
     logged: dict[str, list[list[float]]] = {}
     for row in jsonl.read(folder / METRICS):
         for metric, value in row.items():
             if metric not in ("step", "epoch") and math.isfinite(value):
                 logged.setdefault(metric, []).append([row["step"], float(f"{value:.4g}")])
-    seconds = round(time.process_time() - begin, 1)
-    print(f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {seconds:.0f} s", flush=True)
-    return {"arm": arm, "seed": seed, "test": numbers, "curves": logged, "cpu_seconds": seconds}
+    spent, elapsed = round(time.process_time() - begin, 1), round(time.perf_counter() - began, 1)
+    print(f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {spent:.0f} CPU s in {elapsed:.0f} s", flush=True)
+    return {
+        "arm": arm, "seed": seed, "test": numbers, "curves": logged, "cpu_seconds": spent, "seconds": elapsed,
+    }  # fmt: skip
+
+
+def together(args: argparse.Namespace, name: str, every: Sequence[Runs]) -> list[Record]:
+    """The records of all runs of the reproduction `name`. They are made here, one after another, if `args.jobs` is 1; otherwise
+    in processes of their own, so many at a time, which may share a GPU. There a run that fails, or has not ended `args.minutes`
+    after the first began, is reported and left out, and the others stay."""
+    if args.jobs == 1:
+        return [record for runs in every for record in runs()]
+    context, folder = multiprocessing.get_context("spawn"), args.work / name / "records"  # a fork cannot use CUDA
+    shutil.rmtree(folder, ignore_errors=True)
+    files = [folder / f"{i}.jsonl" for i in range(len(every))]
+    waiting = [context.Process(target=_keep, args=each) for each in zip(every, files, strict=True)]
+    going: list[Any] = []
+    deadline = time.monotonic() + 60 * args.minutes
+    while (going or waiting) and time.monotonic() < deadline:
+        while waiting and len(going) < args.jobs:
+            going.append(waiting.pop(0))
+            going[-1].start()
+        wait([process.sentinel for process in going], max(0.0, deadline - time.monotonic()))
+        for process in [process for process in going if not process.is_alive()]:
+            going.remove(process)
+            if process.exitcode:
+                print(f"{process.name} ended with {process.exitcode}", flush=True)
+    for process in going:
+        process.kill()
+    if late := len(going) + len(waiting):
+        print(f"{late} of {len(every)} processes had not ended after {args.minutes:g} minutes", flush=True)
+    return [record for file in files for record in jsonl.read(file)]
+
+
+def _keep(runs: Runs, file: Path) -> None:
+    """Keeps each record of these runs as soon as it is made."""
+    prepare()
+    try:
+        for record in runs():
+            jsonl.append(file, [record])
+    except Exception:
+        print(f"failed: {runs}", traceback.format_exc(), sep="\n", flush=True)
 
 
 def save(args: argparse.Namespace, name: str, records: list[Record], keep: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import lightning.pytorch as L
@@ -100,8 +99,7 @@ ARMS: dict[str, tuple[str, list[Callback]]] = {
 }
 
 
-@cache
-def warm_start(seed: int, steps: int, batch: int, folder: Any) -> LlamaForCausalLM:
+def warm_start(args: Any, seed: int) -> LlamaForCausalLM:
     L.seed_everything(seed, verbose=False)
     lm = LlamaForCausalLM(
         LlamaConfig(
@@ -109,25 +107,27 @@ def warm_start(seed: int, steps: int, batch: int, folder: Any) -> LlamaForCausal
             num_key_value_heads=2, initializer_range=0.06,
         )
     )  # fmt: skip
-    data = DataLoader(Sequences(batch, SHORT, seed, steps), batch_size=None)
-    trainer(steps, folder).fit(Retrieval(lm, 3e-3), data)
+    data = DataLoader(Sequences(2 * args.batch, SHORT, seed, args.warm_steps), batch_size=None)
+    folder = folder_of(args, NAME, "warm", seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer(args, args.warm_steps, folder).fit(Retrieval(lm, 3e-3), data)
     return lm
 
 
-def run(args: Any, arm: str, seed: int, steps: int) -> Record:
+def run(args: Any, arm: str, start: LlamaForCausalLM, seed: int, steps: int) -> Record:
     begin, folder = time.process_time(), folder_of(args, NAME, arm, seed)
     shutil.rmtree(folder, ignore_errors=True)
-    lm = copy.deepcopy(warm_start(seed, args.warm_steps, 2 * args.batch, folder.parent / f"warm-{seed}"))
+    lm = copy.deepcopy(start)
     attention, callbacks = ARMS[arm]
     lm.set_attn_implementation(attention)
     module, callbacks = Retrieval(lm, 1e-3), copy.deepcopy(callbacks)
     if steps:
         data = DataLoader(Sequences(args.batch, LONG, seed + 1000, steps), batch_size=None)
-        trainer(steps, folder, callbacks).fit(module, data)
+        trainer(args, steps, folder, callbacks).fit(module, data)
     test: dict[str, float] = {}
     for name, length in {"pass@1": LONG, f"at {LONGER}": LONGER}.items():
         data = DataLoader(Sequences(50, length, seed + 2000, max(1, args.tasks // 50)), batch_size=None)
-        (found,) = trainer(0, folder / "test", callbacks).test(module, data, verbose=False)
+        (found,) = trainer(args, 0, folder / "test", callbacks).test(module, data, verbose=False)
         test[name] = round(found["right"], 4)
     logged: dict[str, list[list[float]]] = {}
     for row in jsonl.read(folder / METRICS):
@@ -151,7 +151,10 @@ def tables(records: list[Record]) -> str:
 
 def main() -> None:
     args = options(__doc__, steps=60, warm_steps=200)
-    records = [run(args, arm, seed, steps) for seed in args.seeds for steps in (0, args.steps) for arm in ARMS]
+    records = []
+    for seed in args.seeds:
+        start = warm_start(args, seed)
+        records += [run(args, arm, start, seed, steps) for steps in (0, args.steps) for arm in ARMS]
     save(args, NAME, records, ("accuracy", "sparse_attention/recall"))
     print(tables(records))
     adapted = [r for r in records if "not adapted" not in r["arm"]]

@@ -1,15 +1,16 @@
 """Ternary weights by quantisation-aware training (BitCPM4, in MiniCPM4, arXiv 2506.07900, section 3.3.1). Claims: a model that
 was trained in high precision keeps most of its skill when the last 40 % of its training are ternary, which is as good as
 ternary training from the start; the learning rate must rise again for that; and rounding without training keeps nothing.
-With `--model smollm2-135m` fine-tuning is ternary, or not, from its first step on, since pre-training was the training in high
-precision: `--model smollm2-135m --steps 40 --batch 4 --tasks 50`."""
+With `--model smollm2-135m` the model has been trained already, and the steps are those of its fine-tuning."""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from common import Record, bootcamp, curves, last, options, plot, run, save, table
+from common import Record, bootcamp, curves, last, parser, plot, prepare, run, save, table, together
 
 from lit_rl import SFT, LoRA, Sampling, models, ternary
 from lit_rl.callbacks import TernaryQAT
@@ -17,35 +18,35 @@ from lit_rl.models import SMOLLM2, TINY
 
 NAME = "ternary"
 MODELS: dict[str, dict[str, Any]] = {
-    TINY: {"lr": 2e-3},
-    SMOLLM2: {"lr": 3e-4, "sampling": Sampling(max_new_tokens=32)},
+    TINY: {"lr": 2e-3, "microbatch_tokens": 2048},
+    SMOLLM2: {"lr": 3e-4, "max_rows": 1024, "sampling": Sampling(max_new_tokens=32)},
 }
+WHOLE, ROUNDED, NF4 = "high precision", "ternary, not trained", "4 bits (nf4), not trained"
 ARMS: dict[str, dict[str, float] | None] = {  # share of the steps before the start, factor and share of the re-warming
-    "high precision": None,
+    WHOLE: None,
     "from the start": {"start": 0, "factor": 1.0, "rewarm": 0},
     "from 60 %, re-warmed": {"start": 0.6, "factor": 0.5, "rewarm": 0.05},
     "from 60 %, not re-warmed": {"start": 0.6, "factor": 1.0, "rewarm": 0},
     "from 60 %, decayed": {"start": 0.6, "factor": 0.05, "rewarm": 0},
 }
 """The third is the report's. The last has the learning rate at which a high-precision training has ended."""
-PRETRAINED = "high precision", "from the start"
-"""The arms of a model that has been trained already."""
 
 
-def policy(model: str, **settings: Any) -> Any:
-    kwargs: dict[str, Any] = {"warmup_steps": 10, "schedule": "wsd", "decay_share": 0.2, "microbatch_tokens": 2048}
-    return SFT(model, eval_samples=4, eval_temperature=1.0, **kwargs, **settings)
+def policy(args: argparse.Namespace, start: str) -> Any:
+    kwargs: dict[str, Any] = {"warmup_steps": 10, "schedule": "wsd", "decay_share": 0.2, **MODELS[args.model]}
+    kwargs |= {"lr": args.lr} if args.lr else {}
+    return partial(SFT, start, eval_samples=4, eval_temperature=1.0, **kwargs)
 
 
-def callback(setting: dict[str, float], steps: int) -> TernaryQAT:
-    start, rewarm = round(setting["start"] * steps), round(setting["rewarm"] * steps)
-    return TernaryQAT(start_step=start, rewarm_steps=rewarm, lr_factor=setting["factor"])
+def callback(setting: dict[str, float], args: argparse.Namespace) -> TernaryQAT:
+    start, rewarm = round(setting["start"] * args.steps), round(setting["rewarm"] * args.steps)
+    return TernaryQAT(start_step=start, rewarm_steps=rewarm, lr_factor=args.factor * setting["factor"])
 
 
 def kept(records: list[Record], record: Record) -> float:
     """pass@1 in percent of that in high precision, of the same seed."""
-    whole = next(r for r in records if r["seed"] == record["seed"] and r["arm"] == "high precision")
-    return 100 * record["test"]["pass@1"] / max(1e-9, whole["test"]["pass@1"])
+    found = {r["seed"]: r["test"]["pass@1"] for r in records if r["arm"] == WHOLE}
+    return 100 * record["test"]["pass@1"] / max(1e-9, found[record["seed"]])
 
 
 def tables(records: list[Record]) -> str:
@@ -69,29 +70,42 @@ def rounded(start: str, folder: str) -> None:
     models.export(model, tokenizer, folder, overwrite=True)
 
 
-def main() -> None:
-    args = options(__doc__, steps=100, models=list(MODELS))
-    name, make = NAME if args.model == TINY else f"{NAME}-{args.model}", partial(policy, **MODELS[args.model])
-    records = []
-    for seed in args.seeds:
-        data = bootcamp(args, seed, batch_size=2 * args.batch)
-        made: list[Any] = []
+def runs(args: argparse.Namespace, name: str, start: str, seed: int, arm: str) -> Iterator[Record]:
+    """That of an arm, and after high precision those of what it has trained, in fewer bits."""
+    data, setting, made = bootcamp(args, seed, batch_size=2 * args.batch), ARMS[arm], []
 
-        def keep(made: list[Any] = made) -> Any:
-            made.append(make(args.model))
-            return made[-1]
+    def keep() -> Any:
+        made.append(policy(args, start)())
+        return made[-1]
 
-        for arm in ARMS if args.model == TINY else PRETRAINED:
-            setting = ARMS[arm]
-            callbacks = [callback(setting, args.steps)] if setting else []
-            records.append(run(args, name, arm, seed, keep, data, callbacks, validate=0))
+    yield run(args, name, arm, seed, keep, data, [callback(setting, args)] if setting else [], validate=0)
+    if arm == WHOLE:
         folder = args.work / name / "whole" / str(seed)
         whole, ternarised = str(folder / "whole"), str(folder / "rounded")
         made[0].export(whole, overwrite=True)
         rounded(whole, ternarised)
-        records.append(run(args, name, "ternary, not trained", seed, partial(make, ternarised), data, steps=0))
-        nf4 = partial(make, whole, lora=LoRA(quantize="nf4"))
-        records.append(run(args, name, "4 bits (nf4), not trained", seed, nf4, data, steps=0))
+        yield run(args, name, ROUNDED, seed, policy(args, ternarised), data, steps=0)
+        nf4 = partial(policy(args, whole), lora=LoRA(quantize="nf4"))
+        yield run(args, name, NF4, seed, nf4, data, steps=0)
+
+
+def main() -> None:
+    own = parser(__doc__, steps=100)
+    own.add_argument("--model", choices=MODELS, default=TINY)
+    own.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
+    own.add_argument("--lr", type=float, help="the model's, if none is given")
+    own.add_argument("--factor", type=float, default=1.0, help="of the learning rate, in ternary steps of all arms")
+    own.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    own.add_argument("--minutes", type=float, default=1440, help="after which runs in processes of their own end")
+    args = own.parse_args()
+    prepare()
+    name = NAME if args.model == TINY else f"{NAME}-{args.model}"
+    start = args.model
+    if args.model != TINY:  # once for all runs
+        start = str(models.export(*models.load(args.model), args.work / name / "start", overwrite=True))
+    records = together(args, name, [partial(runs, args, name, start, s, arm) for s in args.seeds for arm in args.arms])
+    order = [*ARMS, ROUNDED, NF4]
+    records.sort(key=lambda r: (args.seeds.index(r["seed"]), order.index(r["arm"])))
     save(args, name, records, ("loss", "ternary/zeros", "ternary/flips", "ternary/scale_drift"))
     print(tables(records))
     panels = {"Loss": curves(records, "loss"), "Share of codes that flip": curves(records, "ternary/flips")}
