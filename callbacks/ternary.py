@@ -143,20 +143,21 @@ class TernaryQAT(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, float], dict[str, float]]:
         """Over all ranks: the shares of zeros, and of codes that are others than when it was last measured; and the mean scale
         of each layer."""
-        counts = torch.zeros(3 + 2 * len(self._chosen), dtype=torch.float64)  # zeros, flips, weights; scales, groups
-        for i, name in enumerate(self._chosen):
+        numbers, sizes = [], []  # of each layer: zeros, flips and the sum of scales; weights and groups
+        for name in self._chosen:
             codes, scales = pl_module.get_submodule(name).codes_and_scales()  # type: ignore[operator]
             packed = pack(codes)
-            counts[0] += (codes == 0).sum().cpu()
-            counts[1] += differing(packed, self._codes.get(name, packed)).cpu()
-            counts[2] += codes.numel()
-            counts[3 + 2 * i] = scales.double().sum().cpu()
-            counts[4 + 2 * i] = scales.numel()
+            flips = differing(packed, self._codes.get(name, packed))
+            numbers.append(torch.stack([(codes == 0).sum().double(), flips.double(), scales.double().sum()]))
+            sizes.append([codes.numel(), scales.numel()])
             self._codes[name] = packed
+        counts = torch.cat(
+            [torch.stack(numbers).cpu(), torch.tensor(sizes, dtype=torch.float64)], 1
+        )  # a GPU is asked once
         if trainer.world_size > 1:
             counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum").cpu()  # type: ignore[arg-type,union-attr]
-        zeros, flips, weights, *rest = counts.tolist()
-        means = {name: rest[2 * i] / rest[2 * i + 1] for i, name in enumerate(self._chosen)}
+        zeros, flips, _, weights, _ = counts.sum(0).tolist()
+        means = dict(zip(self._chosen, (counts[:, 2] / counts[:, 4]).tolist(), strict=True))
         return {"zeros": zeros / weights, "flips": flips / weights}, means
 
     def state_dict(self) -> dict[str, Any]:

@@ -127,9 +127,9 @@ class Forward:
     def _worth_masking(self, x: Experience) -> bool:
         """Fewer operations as one row a group? Linear layers count tokens, attention counts pairs of them."""
         width = getattr(self.model.config, "hidden_size", 1024)
-        groups = x.group.unique_consecutive()
-        prompts = torch.stack([x.starts[x.group == g][0] for g in groups])
-        packed = prompts + torch.stack([x.response_lengths[x.group == g].sum() for g in groups])
+        _, counts = x.group.unique_consecutive(return_counts=True)
+        ends, responses = counts.cumsum(0) - 1, x.response_lengths.cumsum(0)
+        packed = x.starts[ends] + responses[ends].diff(prepend=responses.new_zeros(1))
         longest_row, longest_pack = int(x.lengths.max()), int(packed.max())
 
         def cost(batch: int, length: int, causal: float) -> float:
@@ -137,14 +137,19 @@ class Forward:
 
         if longest_row > sparse_attention.covered(self.model):
             return False  # it takes no mask
-        return longest_pack <= LONGEST_PACK and cost(len(groups), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
+        return longest_pack <= LONGEST_PACK and cost(len(counts), longest_pack, 1.0) < cost(len(x), longest_row, 0.5)
 
     def check(self, device: torch.device) -> None:
         """What is done at first use, and when the model's attention has been replaced. When ranks may differ in it, call this
         on all of them, where the model is whole."""
         if self._fused is None or self.model.config._attn_implementation != self._attention:
-            with torch.autocast(device.type, enabled=False):
-                self._check(device)
+            products = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")  # TF32's rounding is more than what is compared
+            try:
+                with torch.autocast(device.type, enabled=False):
+                    self._check(device)
+            finally:
+                torch.set_float32_matmul_precision(products)
             for note in self.notes:
                 rank_zero_warn(f"{type(self.model).__name__} trains correctly, but slower than it could: {note}")
             self._attention = self.model.config._attn_implementation

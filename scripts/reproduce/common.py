@@ -165,7 +165,9 @@ def run(
             if metric not in ("step", "epoch") and math.isfinite(value):
                 logged.setdefault(metric, []).append([row["step"], float(f"{value:.4g}")])
     spent, elapsed = round(time.process_time() - begin, 1), round(time.perf_counter() - began, 1)
-    print(f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {spent:.0f} CPU s in {elapsed:.0f} s", flush=True)
+    print(
+        f"{arm}, seed {seed}: held-out pass@1 {numbers['pass@1']:.3f}, {spent:.0f} CPU s in {elapsed:.0f} s", flush=True
+    )
     return {
         "arm": arm, "seed": seed, "test": numbers, "curves": logged, "cpu_seconds": spent, "seconds": elapsed,
     }  # fmt: skip
