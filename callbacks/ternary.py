@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_rl import ternary
+from lit_rl import ops, ternary
 from lit_rl.checks import require
-from lit_rl.kernels.ternary import differing, pack
 
 
 class TernaryQAT(L.Callback):
@@ -145,11 +144,11 @@ class TernaryQAT(L.Callback):
         of each layer."""
         numbers, sizes = [], []  # of each layer: zeros, flips and the sum of scales; weights and groups
         for name in self._chosen:
-            codes, scales = pl_module.get_submodule(name).codes_and_scales()  # type: ignore[operator]
-            packed = pack(codes)
-            flips = differing(packed, self._codes.get(name, packed))
-            numbers.append(torch.stack([(codes == 0).sum().double(), flips.double(), scales.double().sum()]))
-            sizes.append([codes.numel(), scales.numel()])
+            layer: Any = pl_module.get_submodule(name)
+            weight = layer.own_weight()
+            packed, scales, codes = ops.survey_ternary(weight, layer.group_size, self._codes.get(name))
+            numbers.append(torch.cat([codes.double(), scales.double().sum()[None]]))
+            sizes.append([weight.numel(), scales.numel()])
             self._codes[name] = packed
         counts = torch.cat(
             [torch.stack(numbers).cpu(), torch.tensor(sizes, dtype=torch.float64)], 1

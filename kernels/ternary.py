@@ -29,6 +29,19 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(dtype).unflatten(1, (scales.shape[1], -1)) * scales.to(dtype)[..., None]).flatten(1)
 
 
+def round_weight(weight: Tensor, group: int) -> Tensor:
+    """The weight (out, in), in its type, that its own codes and scales stand for."""
+    return dequantize(*quantize(weight, group), weight.dtype)
+
+
+def survey(weight: Tensor, group: int, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes and scales of the weight (out, in), and (2,) int64: how many codes are zero, and how many differ from those
+    packed `before`."""
+    codes, scales = quantize(weight, group)
+    packed = pack(codes)
+    return packed, scales, torch.stack([(codes == 0).sum(), differing(packed, packed if before is None else before)])
+
+
 def pack(codes: Tensor) -> Tensor:
     """codes (out, in) -> (out, in / 4, rounded up) uint8: code + 1 in two bits, the first of four in the lowest."""
     bits = F.pad(codes + 1, (0, -codes.shape[1] % 4)).to(torch.uint8).unflatten(1, (-1, 4))

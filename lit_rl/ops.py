@@ -16,7 +16,9 @@ __all__ = [
     "linear_logprob",
     "logits_logprob",
     "packed_attention",
+    "round_ternary",
     "select_blocks",
+    "survey_ternary",
     "ternary_linear",
 ]
 
@@ -96,8 +98,22 @@ def ternary_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """x (M, in) times a packed ternary weight (out, in), transposed: (M, out), as `kernels.ternary` specifies it. Under
     autocast in its precision, as a linear layer."""
     (x,) = _autocast(x)
+    return _ternary(x).ternary_linear(x, packed, scales)  # type: ignore[no-any-return]
+
+
+def round_ternary(weight: Tensor, group: int) -> Tensor:
+    """The ternary weight (out, in), in the weight's type, that `kernels.ternary` makes of a weight."""
+    return _ternary(weight).round_weight(weight, group)  # type: ignore[no-any-return]
+
+
+def survey_ternary(weight: Tensor, group: int, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes and scales of a weight (out, in), and how many codes are zero and how many differ from those packed `before`."""
+    return _ternary(weight).survey(weight, group, before)  # type: ignore[no-any-return]
+
+
+def _ternary(x: Tensor) -> Any:
     if _takes_triton(x):
         from lit_rl.kernels import ternary_triton
 
-        return ternary_triton.ternary_linear(x, packed, scales)
-    return ternary.ternary_linear(x, packed, scales)
+        return ternary_triton
+    return ternary

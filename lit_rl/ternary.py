@@ -30,7 +30,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group: int) -> Tensor:
-        return dequantize(*quantize(weight, group), weight.dtype)
+        return ops.round_ternary(weight, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -58,17 +58,20 @@ class TernaryLinear(nn.Linear):
         key = (0 if self.weight.is_inference() else self.weight._version, self.weight.data_ptr())
         if self._kept is None or self._kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # made in either mode, it serves in both
-                self._kept = key, dequantize(*self.codes_and_scales(), self.weight.dtype)
+                self._kept = key, ops.round_ternary(self.own_weight(), self.group_size)
         return self._kept[1]
 
     def forget(self) -> None:
         """The weight may change in ways that leave no trace on it, as a shard's does: keep nothing beyond this."""
         self._kept = None
 
-    def codes_and_scales(self) -> tuple[Tensor, Tensor]:
-        """Of the weight, or of the rows in this rank's shard of it: a group never leaves its row."""
+    def own_weight(self) -> Tensor:
+        """The weight, or the rows in this rank's shard of it: a group never leaves its row."""
         weight: Any = self.weight
-        return quantize(weight.to_local() if hasattr(weight, "to_local") else weight, self.group_size)
+        return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
+
+    def codes_and_scales(self) -> tuple[Tensor, Tensor]:
+        return quantize(self.own_weight(), self.group_size)
 
 
 class PackedLinear(nn.Module):

@@ -136,9 +136,9 @@ def test_sampling_rounds_each_layer_once_and_the_ratio_is_one(monkeypatch):
         def on_loss(self, trainer, module, x, terms):
             self.worst = max(self.worst, float(terms.log_ratio.abs().max()))
 
-    calls, quantize = [], ternary.quantize
+    calls, rounded = [], ops.round_ternary
 
-    monkeypatch.setattr(ternary, "quantize", lambda *args: (calls.append(1), quantize(*args))[1])
+    monkeypatch.setattr(ops, "round_ternary", lambda *args: (calls.append(1), rounded(*args))[1])
     watch, module = Watch(), policy(GRPO, old_logps="sampler", kl_coef=0.0)
     monkeypatch.setattr(TernaryQAT, "_measure", lambda *args: ({}, {"a layer": 1.0}))
     qat = TernaryQAT(rewarm_steps=0)

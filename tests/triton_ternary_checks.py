@@ -79,3 +79,36 @@ def test_the_door_leads_here(monkeypatch):
     with torch.autocast(x.device.type, torch.bfloat16):
         got = ops.ternary_linear(x, packed, scales)
     assert torch.equal(got, ternary_triton.ternary_linear(x.bfloat16(), packed, scales))
+
+
+def weights(out, width, group, dtype):
+    """Some groups that are zero, and some that are ternary already."""
+    torch.manual_seed(0)
+    weight = torch.randn(out, width)
+    weight[0, :group] = 0
+    weight[-1] = weight[-1].sign() / 4
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 64, 32), (5, 37, 37), (18, 48, 12), (9, 80, 80)])
+def test_rounding_and_its_survey(shape, dtype, monkeypatch):
+    """Means of a group may differ in the last bit, and round to neighbouring scales; these do not."""
+    monkeypatch.setattr(ternary_triton, "TILE", 64)
+    out, width, group = shape
+    weight = weights(out, width, group, dtype)
+    got = ternary_triton.round_weight(weight.T.contiguous().T, group)
+    assert got.dtype == dtype
+    assert torch.equal(got, ternary.round_weight(weight, group))
+    moved = weight + torch.randn(out, width).to(dtype) / 8
+    for now, before in ((weight, None), (moved, ternary.survey(weight, group)[0])):
+        want = ternary.survey(now, group, before)
+        for ours, theirs in zip(ternary_triton.survey(now, group, before), want, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_a_weight_that_is_not_finite_stays_so():
+    weight = torch.ones(2, 32)
+    weight[0, 3] = torch.nan
+    assert ternary_triton.round_weight(weight, 32).isnan().any(1).tolist() == [True, False]
