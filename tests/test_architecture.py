@@ -74,7 +74,17 @@ def test_imports_point_downwards(name, path):
     area = parts[1] if len(parts) > 1 else ""
     if area == "kernels":
         others = {i.split(".")[0] for i in found if not i.startswith("lit_rl.kernels")}
-        assert others <= {"torch", "triton", "typing", "collections", "dataclasses", "itertools", "__future__", "math"}
+        assert others <= {
+            "torch",
+            "triton",
+            "typing",
+            "collections",
+            "dataclasses",
+            "functools",
+            "itertools",
+            "__future__",
+            "math",
+        }
     if area == "callbacks":
         assert not any(i.startswith(("lit_rl.datamodules", "lit_rl.methods")) for i in found)
         assert name.count(".") < 2 or not any(i.startswith((".", "lit_rl.callbacks")) for i in found), (

@@ -71,6 +71,7 @@ class TestOnAGPU:
         if self.DEVICE.type == "cpu":
             monkeypatch.setattr(attention_cuda, "_flash", slow_flash)
             monkeypatch.setattr(attention_cuda, "_flash_backward", slow_flash_backward)
+        attention_cuda._agrees.cache_clear()
 
     @pytest.mark.parametrize("key_heads", [6, 2, 1])
     @pytest.mark.parametrize(
@@ -95,6 +96,29 @@ class TestOnAGPU:
         want = naive_packed_attention(*(t.double() for t in x), blocks, scale)
         assert ((out - want).norm() / want.norm()) < 0.01
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), x))
+
+    @pytest.mark.parametrize("failure", ["missing", "wrong", "wrong gradient"])
+    def test_flash_attention_that_fails_is_not_used(self, failure, monkeypatch):
+        def missing(*args):
+            raise NotImplementedError
+
+        if failure == "wrong gradient":
+            backward = attention_cuda._flash_backward
+            monkeypatch.setattr(
+                attention_cuda, "_flash_backward", lambda *args: tuple(d.flip(0) for d in backward(*args))
+            )
+        else:
+            forward = attention_cuda._flash
+            wrong = missing if failure == "missing" else lambda *args: tuple(2 * x for x in forward(*args))
+            monkeypatch.setattr(attention_cuda, "_flash", wrong)
+        *x, blocks, scale = inputs(GROUPS, 2, 2, torch.float32)
+        x = [t.detach().to(self.DEVICE, torch.bfloat16).requires_grad_() for t in x]
+        doubles, results = [t.detach().double().requires_grad_() for t in x], []
+        for function, of in ((attention_cuda.packed_attention, x), (naive_packed_attention, doubles)):
+            out = function(*of, blocks, scale)
+            results.append((out, *torch.autograd.grad(out.square().sum(), of)))
+        for got, want in zip(*results, strict=True):
+            assert ((got - want).norm() / want.norm()) < 0.02
 
 
 def spans(of, to):

@@ -18,7 +18,7 @@ from lit_rl.generation.base import Sampling
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All that a graph needs but the graph: steps read and write the same tensors. The rooms of the buffers in turn."""
     monkeypatch.setattr(recorded, "recordable", lambda model, steps: True)
-    monkeypatch.setattr(recorded, "record", lambda function: function)
+    monkeypatch.setattr(recorded, "record", lambda function: lambda: function())
     monkeypatch.setattr(recorded, "ROOM", 8)
     monkeypatch.setattr(recorded, "UNIT", 4)
     rooms, lay_out = [], recorded.Recorded._lay_out
@@ -59,6 +59,29 @@ def test_samples_are_those_of_other_ways(laid_out: list[int], monkeypatch: pytes
         torch.testing.assert_close(a.logps, b.logps, atol=2e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:decoding without a CUDA graph")
+@pytest.mark.parametrize("failure", ["cannot be recorded", "does nothing", "gives other numbers"])
+def test_a_graph_that_fails_is_not_used(failure: str, laid_out: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(CONFIGS["llama"])
+    rows: list[recorded.Recorded] = []
+
+    def wrong() -> None:
+        if failure == "gives other numbers":
+            rows[-1]._advance()
+            rows[-1].logits = rows[-1].logits.flip(-1)
+        else:
+            rows[-1].logits = torch.zeros_like(rows[-1].logits)
+
+    def record(function: Any) -> Callable[[], object] | None:
+        rows.append(function.__self__)
+        return None if failure == "cannot be recorded" else wrong
+
+    monkeypatch.setattr(recorded, "record", record)
+    out = sample(model, PROMPTS[:2], [[1], [2]], max_new_tokens=30, temperature=0)
+    assert tokens(out) == [[reference(model, prompt, 30)] for prompt in PROMPTS[:2]]
+    assert rows
+
+
 def test_a_window_or_a_sparse_attention_is_not_recorded(laid_out: list[int]) -> None:
     for name in ("mistral window", "mamba"):
         model = build(CONFIGS[name])
@@ -87,13 +110,13 @@ def test_the_graph(name: str, dtype: torch.dtype, gpu: torch.device, monkeypatch
     monkeypatch.setattr(recorded, "ROOM", 8)
     record, replays = recorded.record, []
 
-    def spy(function: Callable[[], object]) -> Callable[[], object]:
+    def spy(function: Callable[[], object]) -> Callable[[], object] | None:
         replays.append(record(function))
         return replays[-1]
 
     def both() -> tuple[Any, Any]:
         found = []
-        for way in (spy, lambda function: function):
+        for way in (spy, lambda function: None):
             monkeypatch.setattr(recorded, "record", way)
             found.append(sample(model, PROMPTS, SEEDS, (3, 4), max_new_tokens=60))
         return tuple(found)  # type: ignore[return-value]
@@ -106,7 +129,7 @@ def test_the_graph(name: str, dtype: torch.dtype, gpu: torch.device, monkeypatch
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(0))
     assert replays
-    assert not any(isinstance(getattr(replay, "__self__", None), recorded.Recorded) for replay in replays)
+    assert None not in replays
 
 
 def test_what_cannot_be_recorded_runs_all_the_same(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

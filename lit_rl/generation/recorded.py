@@ -24,6 +24,8 @@ UNIT = 64
 """Buffers have a multiple of so many columns: attention kernels need masks of a multiple of 8."""
 WORTH = 8
 """Tokens from which on recording pays: it takes as long as a step or two."""
+TOLERANCE = 2**-6
+"""Difference of logits, relative to the largest, that still counts as the same: libraries may choose other kernels."""
 
 
 def recordable(model: Any, tokens: int) -> bool:
@@ -91,7 +93,7 @@ class Recorded:
         logits = self.logits[self.slots]
         self.length, self.left = self.length + 1, self.left - 1
         if self.replay is None:  # only now: what a first run sets up, such as a library's workspace, cannot be recorded
-            self.replay = record(self._advance) if self.left >= WORTH else self._advance
+            self.replay = (self._record() if self.left >= WORTH else None) or self._advance
         return logits
 
     def keep(self, slots: Tensor) -> None:
@@ -117,6 +119,24 @@ class Recorded:
             self.layers.append(FixedLayer(grown[0], grown[1], self.at))
         self.cache = Cache(layers=list(self.layers))
 
+    def _record(self) -> Callable[[], object] | None:
+        """A graph's replay, if it gives once more the logits of the step just done."""
+        want, at, position = self.logits, self.at.clone(), self.position.clone()
+        replay = record(self._advance)
+        if replay is not None:
+            self.at -= 1
+            self.position -= 1
+            replay()
+            gap, most = (float(x.abs().max()) for x in (self.logits - want, want))
+            if gap > TOLERANCE * most:
+                warnings.warn(
+                    f"decoding without a CUDA graph: its logits differ by {gap:.3g} of {most:.3g}", stacklevel=2
+                )
+                replay = None
+            self.at.copy_(at)
+            self.position.copy_(position)
+        return replay
+
     def _advance(self) -> None:
         """What is recorded: it reads and writes tensors that stay where they are."""
         mask = (self.columns >= self.first) & (self.columns <= self.at)  # (R, room)
@@ -125,8 +145,8 @@ class Recorded:
         self.position += 1
 
 
-def record(function: Callable[[], object]) -> Callable[[], object]:
-    """A graph's replay, or the function itself where it cannot be recorded, such as a model that asks the GPU for a number."""
+def record(function: Callable[[], object]) -> Callable[[], object] | None:
+    """A graph's replay, or nothing where the function cannot be recorded, such as a model that asks the GPU for a number."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
@@ -139,6 +159,6 @@ def record(function: Callable[[], object]) -> Callable[[], object]:
                 graph.capture_end()
     except RuntimeError as error:
         warnings.warn(f"decoding without a CUDA graph, since recording it failed: {error}", stacklevel=2)
-        return function
+        return None
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
