@@ -6,7 +6,7 @@ import torch
 from checks import ON_GPU, where_kernels_run  # noqa: F401  (a fixture)
 
 from lit_rl import ops
-from lit_rl.kernels import infllm, infllm_triton, infllm_triton_select
+from lit_rl.kernels import infllm, infllm_triton
 from lit_rl.kernels.infllm import Sequences, Settings
 
 SCALE = 0.3
@@ -26,7 +26,6 @@ if ON_GPU:  # the paper's heads, kernels and blocks
 
 def example(case, dtype=torch.float32):
     """A row with two sequences, one with a chunk of queries that continues a cache, padding on both sides, and nothing else."""
-    assert infllm_triton_select.INTERPRETED != ON_GPU
     settings, heads, key_heads, d, e, times = case
     torch.manual_seed(0)
     q = torch.randn(2, heads, 26 * times, d).to(dtype).requires_grad_()
