@@ -33,12 +33,12 @@ def test_it_runs(script, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kept", sorted((ROOT / "docs/reproductions").glob("*.json")), ids=lambda p: p.stem)
 def test_documented_numbers_are_the_runs_own(kept):
-    """Three seeds; one of NAME-MODEL, a model that is not tiny."""
+    """Three seeds; at least one of NAME-MODEL, a model that is not tiny."""
     name, _, model = kept.stem.partition("-")
     module = runpy.run_path(str(ROOT / f"scripts/reproduce/{name}.py"))
     page = (ROOT / "docs/reproductions.md").read_text()
     result = json.loads(kept.read_text())
-    assert result["settings"]["seeds"] == ([0] if model else [0, 1, 2])
+    assert result["settings"]["seeds"] in ([0, 1, 2], *([[0]] if model else []))
     assert module["tables"](result["runs"]) in page
     assert f"(reproductions/{kept.stem}.svg)" in page
     assert f"; {result['cpu_minutes']:.0f} CPU minutes" in page

@@ -185,17 +185,19 @@ def together(args: argparse.Namespace, name: str, every: Sequence[Runs]) -> list
     waiting = [context.Process(target=_keep, args=each) for each in zip(every, files, strict=True)]
     going: list[Any] = []
     deadline = time.monotonic() + 60 * args.minutes
-    while (going or waiting) and time.monotonic() < deadline:
-        while waiting and len(going) < args.jobs:
-            going.append(waiting.pop(0))
-            going[-1].start()
-        wait([process.sentinel for process in going], max(0.0, deadline - time.monotonic()))
-        for process in [process for process in going if not process.is_alive()]:
-            going.remove(process)
-            if process.exitcode:
-                print(f"{process.name} ended with {process.exitcode}", flush=True)
-    for process in going:
-        process.kill()
+    try:
+        while (going or waiting) and time.monotonic() < deadline:
+            while waiting and len(going) < args.jobs:
+                going.append(waiting.pop(0))
+                going[-1].start()
+            wait([process.sentinel for process in going], max(0.0, deadline - time.monotonic()))
+            for process in [process for process in going if not process.is_alive()]:
+                going.remove(process)
+                if process.exitcode:
+                    print(f"{process.name} ended with {process.exitcode}", flush=True)
+    finally:
+        for process in going:
+            process.kill()
     if late := len(going) + len(waiting):
         print(f"{late} of {len(every)} processes had not ended after {args.minutes:g} minutes", flush=True)
     return [record for file in files for record in jsonl.read(file)]

@@ -100,9 +100,9 @@ def main() -> None:
     args = own.parse_args()
     prepare()
     name = NAME if args.model == TINY else f"{NAME}-{args.model}"
-    start = args.model
-    if args.model != TINY:  # once for all runs
-        start = str(models.export(*models.load(args.model), args.work / name / "start", overwrite=True))
+    start, folder = args.model, args.work / name / "start"
+    if args.model != TINY:  # a folder loads faster
+        start = str(folder if folder.exists() else models.export(*models.load(args.model), folder))
     records = together(args, name, [partial(runs, args, name, start, s, arm) for s in args.seeds for arm in args.arms])
     order = [*ARMS, ROUNDED, NF4]
     records.sort(key=lambda r: (args.seeds.index(r["seed"]), order.index(r["arm"])))
