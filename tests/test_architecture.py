@@ -108,7 +108,9 @@ def test_imports_point_downwards(name, path):
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
 def test_heavy_packages_are_imported_in_functions(name, path):
-    engine = name in ("lit_rl.generation.native", "lit_rl.generation.recorded")  # themselves imported in functions
+    engine = name in {
+        f"lit_rl.generation.{part}" for part in ("rows", "caches", "recorded")
+    }  # imported with the native one
     allowed = {"transformers"} if engine else set()
     assert not {i.split(".")[0] for i in imports(path, top_level_only=True)} & (HEAVY - allowed)
 

@@ -27,9 +27,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lit_rl.generation import native, sampling
+from lit_rl.generation import caches, sampling
 from lit_rl.generation.base import Completion, Sampling, later_seed
 from lit_rl.generation.native import NativeGenerator
+from lit_rl.generation.rows import Cache, DynamicCache, Rows
 from lit_rl.generation.sampling import draw, uniforms
 
 V = 64
@@ -66,7 +67,7 @@ CONFIGS = {
     "gpt2": GPT2Config(**GPT2),
     "mamba": MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None),
 }
-CACHES = {"gemma2": native.Cache, "mamba": native.DynamicCache}  # the others share prompts
+KINDS = {"gemma2": Cache, "mamba": DynamicCache}  # the others share prompts
 PROMPTS = [[5, 6, 7], list(range(11, 20)), [21], list(range(31, 43)), [5, 6, 7], [51, 52, 53]]
 SEEDS = [[1], [2, 3], [4], [5, 6, 7], [8, 9], []]
 
@@ -132,22 +133,22 @@ def llama() -> Any:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, caches = build(CONFIGS[name]), []
-    step = native.Rows.step
+    model, found = build(CONFIGS[name]), []
+    step = Rows.step
 
-    def spy(rows: native.Rows, x: Tensor) -> None:
-        caches.append(type(rows.cache))
+    def spy(rows: Rows, x: Tensor) -> None:
+        found.append(type(rows.cache))
         step(rows, x)
 
-    monkeypatch.setattr(native.Rows, "step", spy)
+    monkeypatch.setattr(Rows, "step", spy)
     expected = [reference(model, prompt, 20) for prompt in PROMPTS]
     assert len({tuple(row) for row in expected}) == 5  # only the prompt that comes twice may repeat
     for options in ({}, {"max_rows": 2}, {"share": False}):
-        caches.clear()
+        found.clear()
         out = sample(model, PROMPTS, SEEDS, options=options, max_new_tokens=20, temperature=0)
         assert tokens(out) == [[row] * len(seeds) for row, seeds in zip(expected, SEEDS, strict=True)]
-        kind = CACHES.get(name, native.SharedCache if options.get("share", True) else native.Cache)
-        assert set(caches) == {kind}
+        kind = KINDS.get(name, caches.SharedCache if options.get("share", True) else Cache)
+        assert set(found) == {kind}
 
     eos = (expected[1][4], expected[3][9])  # rows end at different steps
     out = sample(model, PROMPTS, SEEDS, eos, max_new_tokens=20, temperature=0)
@@ -455,7 +456,7 @@ def test_positions_passed_through_the_model(llama: Any, share: bool, max_rows: i
 
 def test_cache_is_written_in_place() -> None:
     """Buffers are kept while they have room, and survive growth and rows that leave."""
-    layer = native.GrowingLayer()
+    layer = caches.GrowingLayer()
     x = torch.randn(5, 2, 70, 4)
     parts, buffers = [], set()
     for start, end in itertools.pairwise([0, 3, *range(4, 71)]):
@@ -527,8 +528,8 @@ def test_errors() -> None:
 
 
 def test_sharing_refuses_an_attention_that_changes_what_it_reads(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = native.SharedLayer.update
-    monkeypatch.setattr(native.SharedLayer, "update", lambda *args, **kw: [x.clone() for x in update(*args, **kw)])
+    update = caches.SharedLayer.update
+    monkeypatch.setattr(caches.SharedLayer, "update", lambda *args, **kw: [x.clone() for x in update(*args, **kw)])
     with pytest.raises(NotImplementedError, match="share=False"):
         sample(llama, PROMPTS, SEEDS, max_new_tokens=3)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_native import CONFIGS, PROMPTS, SEEDS, build, generator, reference, sample, tokens
 
-from lit_rl.generation import native, recorded
+from lit_rl.generation import recorded
 from lit_rl.generation.base import Sampling
+from lit_rl.generation.rows import Rows
 
 
 @pytest.fixture
@@ -135,14 +136,14 @@ def test_the_graph(name: str, dtype: torch.dtype, gpu: torch.device, monkeypatch
 def test_what_cannot_be_recorded_runs_all_the_same(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(CONFIGS["llama"], scale=2.0).to(gpu)
     want = sample(model, PROMPTS, SEEDS, max_new_tokens=20)
-    decode = native.Rows._decode
+    decode = Rows._decode
 
-    def asks(rows: native.Rows, ids: Any, *args: Any) -> Any:
+    def asks(rows: Rows, ids: Any, *args: Any) -> Any:
         logits = decode(rows, ids, *args)
         assert float(logits.sum()) != 0
         return logits
 
-    monkeypatch.setattr(native.Rows, "_decode", asks)
+    monkeypatch.setattr(Rows, "_decode", asks)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         got = generator(model).generate(PROMPTS, SEEDS, Sampling(max_new_tokens=20))
     assert tokens(got) == tokens(want)
