@@ -127,9 +127,10 @@ class TaskData(L.LightningDataModule):
         tasks = self.tasks("test")
         return ResumableLoader(tasks, batch_size=self.eval_batch_size, sampler=self._sampler(tasks, even=False))
 
-    def _sampler(self, tasks: Any, **kwargs: bool) -> Turns | None:
+    def _sampler(self, tasks: Any, **kwargs: bool) -> Turns:
+        """In one process too: with a distributed strategy Lightning would take one of its own, which shuffles."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return Turns(len(tasks), world_size, rank, **kwargs) if kwargs.get("shuffle") or world_size > 1 else None
+        return Turns(len(tasks), world_size, rank, **kwargs)
 
     def predict_dataloader(self) -> DataLoader[Task]:
         return ResumableLoader(self.tasks(self.predict), batch_size=self.eval_batch_size)

@@ -3,6 +3,7 @@
 `deterministic` is what exact bits need there, since PyTorch's attention adds up gradients in any order otherwise.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -113,10 +114,13 @@ def test_sampling_ahead_on_a_named_device_is_sampling_on_a_thread(precision):
 
 @pytest.mark.parametrize(("trains", "samples"), [("cpu", "cuda:0"), ("gpu", "cpu")])
 def test_sampling_ahead_on_another_device(trains, samples):
-    found = test_resume.fit(policy(GRPO, ahead=samples), "r", accelerator=trains)
-    want = test_resume.fit(policy(GRPO, ahead="thread"), "want", accelerator=trains)
-    a, b = ([line.split('"loss": ')[1].split(",")[0] for line in x["metrics"].split("\n")[::2]] for x in (found, want))
-    assert list(map(float, a[:2])) == pytest.approx(list(map(float, b[:2])), rel=1e-2, abs=1e-4)
+    norms = []
+    for ahead in (samples, "thread"):
+        found = test_resume.fit(policy(GRPO, ahead=ahead), ahead, accelerator=trains)
+        rows = map(json.loads, found["metrics"].split("\n"))
+        norms.append([row["grad_norm"] for row in rows if "loss" in row])
+    assert norms[0][:2] == pytest.approx(norms[1][:2], rel=2e-2)
+    assert len(norms[0]) == test_resume.STEPS
 
 
 def test_members_on_devices_of_their_own_sample_at_the_same_time():
@@ -171,7 +175,7 @@ def test_greedy_is_that_of_transformers(model):
     for prompt, (ours,) in zip(PROMPTS, groups, strict=True):
         ids = torch.tensor([prompt], device="cuda")
         with torch.no_grad():
-            out = module.model.generate(ids, torch.ones_like(ids), do_sample=False, max_new_tokens=30)
+            out = module.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
         assert ours.tokens.tolist() == out[0, len(prompt) :].tolist()
 
 
