@@ -168,7 +168,9 @@ class Forward:
         want = self._run(rows, targets, 1.0, fused=False)
         head = self.model.get_output_embeddings()
         plain = head is not None and [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no adapter
-        capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)  # seen in large logits alone
+        capped = getattr(
+            self.model.config.get_text_config(), "final_logit_softcapping", None
+        )  # seen in large logits alone
         if not plain or capped or self.model.base_model is self.model:
             self.notes.append("its head is not hidden states times a weight: logits are computed in full")
         else:

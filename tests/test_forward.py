@@ -23,7 +23,7 @@ CONFIGS = {
     "mistral-window": lambda: t.MistralConfig(**SIZES, sliding_window=6),
     "gpt2": lambda: t.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gemma2-softcap": lambda: t.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.3, sliding_window=64),
-    "gemma2-high-cap": lambda: t.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=100.0, sliding_window=64),
+    "gemma2-high-cap": lambda: t.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=300.0, sliding_window=64),
     "cohere-scale": lambda: t.CohereConfig(**SIZES, logit_scale=0.3),
     "granite-division": lambda: t.GraniteConfig(**SIZES, logits_scaling=3.0),  # as MiniCPM divides its hidden states
     "phi-bias": lambda: t.PhiConfig(**SIZES),
@@ -103,7 +103,7 @@ def test_what_each_model_gets():
         assert notes[name]._fused
         assert notes[name]._layout is packed_layout
     assert "sliding window of 6" in notes["mistral-window"].notes[0]
-    for name in ("gemma2-softcap", "cohere-scale", "granite-division", "phi-bias"):
+    for name in ("gemma2-softcap", "gemma2-high-cap", "cohere-scale", "granite-division", "phi-bias"):
         assert not notes[name]._fused
         assert "computed in full" in notes[name].notes[0]
 

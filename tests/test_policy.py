@@ -248,3 +248,13 @@ def test_a_samplers_log_probabilities_are_not_exact_where_products_are_rounded_t
         assert module.takes_sampler_logps == exact
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_process_group_of_one_learns_what_a_process_does():
+    """From the same tasks: Lightning would put a sampler that shuffles in the place of none."""
+    learned = []
+    for strategy in ("auto", "ddp"):
+        module = policy()
+        trainer(strategy=strategy).fit(module, Letters())
+        learned.append(weights(module))
+    assert torch.equal(*learned)
