@@ -2,7 +2,8 @@
 
 A program owns one query with all heads of a group, as the rows of a product, and walks over its blocks. Backward: the same for
 the gradient of queries; for that of keys and values a program owns a block and walks over the queries that chose it, a few at a
-time, in the order of `invert`. Each sum has one owner and one order: no atomics, the same bits each time.
+time, in the order of `invert`. All queries choose the first block, so that a long walk is shared by several programs, whose sums
+another adds up. Each sum has one owner and one order: no atomics, the same bits each time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lit_rl.kernels.infllm import Sequences, check
 from lit_rl.kernels.infllm_torch import invert
@@ -21,6 +23,8 @@ from lit_rl.kernels.infllm_triton_select import common, load_rows, select, sever
 
 __all__ = ["attention", "select"]
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+WALK, WALKS = 512, 2048
+"""Queries of a program in the backward of keys and values: at least so many, and in so many programs more than there are blocks."""
 
 
 @triton.jit
@@ -88,15 +92,17 @@ def _forward(
 @triton.jit
 def _backward(
     q, q_row, q_head, q_column, q_d, k, k_row, k_head, k_column, k_d, v, v_row, v_head, v_column, v_d,
-    norm, up, delta, d_k, d_v, queries, offsets, block_sequence, block_first, n_keys, row, column, position,
-    seq_row, k_start, k_length, group, n_d, n_e, block_size, scale,
+    norm, up, delta, part_k, part_v, queries, begins, ends, cells, block_sequence, block_first, n_blocks, n_heads,
+    row, column, position, seq_row, k_start, k_length, group, n_d, n_e, block_size, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Of block and key head: its rows of d_k (R, K, S, D) and d_v (R, K, S, E), contiguous float32."""
-    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    n_blocks, n_heads = tl.num_programs(0), tl.num_programs(1)
-    begin, end = tl.load(offsets + head * n_blocks + block), tl.load(offsets + head * n_blocks + block + 1)
+    """Of some of the queries of a cell, which is a key head's block: part_k (P, block_size, D) and part_v (P, block_size, E),
+    contiguous float32."""
+    part = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(begins + part), tl.load(ends + part)
+    cell = tl.load(cells + part)
+    block, head = cell % n_blocks, cell // n_blocks
     of, first = tl.load(block_sequence + block), tl.load(block_first + block)
     line, start, length = tl.load(seq_row + of), tl.load(k_start + of), tl.load(k_length + of)
     j, d, e = tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, E)
@@ -129,9 +135,28 @@ def _backward(
         d_p = tl.dot(y, tl.trans(values), input_precision=PRECISION)
         d_s = (p * (d_p - change[:, None]) * scale).to(x.dtype)
         sum_k = tl.dot(tl.trans(d_s), x, sum_k, input_precision=PRECISION)
-    rows = (line * n_heads + head) * n_keys + places
-    tl.store(d_k + rows[:, None] * n_d + d[None, :], sum_k, mask=inside[:, None] & (d < n_d)[None, :])
-    tl.store(d_v + rows[:, None] * n_e + e[None, :], sum_v, mask=inside[:, None] & (e < n_e)[None, :])
+    rows = part * block_size + j
+    tl.store(part_k + rows[:, None] * n_d + d[None, :], sum_k, mask=(j < block_size)[:, None] & (d < n_d)[None, :])
+    tl.store(part_v + rows[:, None] * n_e + e[None, :], sum_v, mask=(j < block_size)[:, None] & (e < n_e)[None, :])
+
+
+@triton.jit
+def _add_up(
+    parts, total, offsets, block_sequence, block_first, n_blocks, n_heads, n_keys, seq_row, k_start, k_length, n_d, block_size,
+    BLOCK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Of a cell: its rows of total (R, K, S, D), contiguous, from its parts (P, block_size, D)."""
+    cell = tl.program_id(0).to(tl.int64)
+    block, head = cell % n_blocks, cell // n_blocks
+    of, first = tl.load(block_sequence + block), tl.load(block_first + block)
+    line, start, length = tl.load(seq_row + of), tl.load(k_start + of), tl.load(k_length + of)
+    j, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    there = ((j < block_size) & (first + j < length))[:, None] & (d < n_d)[None, :]
+    result = tl.zeros((BLOCK, D), tl.float32)
+    for part in range(tl.load(offsets + cell), tl.load(offsets + cell + 1)):
+        result += tl.load(parts + (part * block_size + j)[:, None] * n_d + d[None, :], mask=there, other=0.0)
+    rows = (line * n_heads + head) * n_keys + start + first + j
+    tl.store(total + rows[:, None] * n_d + d[None, :], result, mask=there)
 
 
 class _Attention(torch.autograd.Function):
@@ -158,7 +183,7 @@ class _Attention(torch.autograd.Function):
         block_size, scale = ctx.settings
         seqs = Sequences(*tables)
         tables = _tables(seqs)
-        _, row, column, position, _ = tables
+        _, row, column, _, _ = tables
         up = d_out[row, :, column].float().contiguous()  # (M, H, E)
         delta = (up * out).sum(-1)
         d_q = d_k = d_v = None
@@ -168,18 +193,38 @@ class _Attention(torch.autograd.Function):
             d_q = torch.zeros_like(q)
             d_q[row, :, column] = rows.to(q.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            index = invert(blocks, seqs, block_size)
-            d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-            with torch.cuda.device_of(q):
-                _backward[(len(index.first), k.shape[1])](
-                    q, *q.stride(), k, *k.stride(), v, *v.stride(), norm, up, delta, d_k, d_v, *index, k.shape[2],
-                    row, column, position, seqs.row, seqs.k_start, seqs.k_length,
-                    q.shape[1] // k.shape[1], q.shape[3], v.shape[3], block_size, scale,
-                    BLOCK=max(16, triton.next_power_of_2(block_size)), **several(q.shape[1] // k.shape[1]),
-                    **common(q.shape[3], v.shape[3]),
-                )  # fmt: skip
-            d_k, d_v = d_k.to(k.dtype), d_v.to(v.dtype)
+            d_k, d_v = _keys_and_values(q, k, v, norm, up, delta, blocks, seqs, tables, block_size, scale)
         return d_q, d_k, d_v, None, None, None, None
+
+
+def _keys_and_values(
+    q: Tensor, k: Tensor, v: Tensor, norm: Tensor, up: Tensor, delta: Tensor, blocks: Tensor, seqs: Sequences,
+    tables: tuple[Tensor, ...], block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """d_k and d_v."""
+    queries, offsets, sequence, first = invert(blocks, seqs, block_size)
+    size = max(WALK, triton.cdiv(len(queries), WALKS))
+    counts = (offsets.diff() + size - 1) // size  # of a cell's parts
+    cells = torch.arange(len(counts), device=q.device).repeat_interleave(counts)
+    ends = F.pad(counts.cumsum(0), (1, 0))
+    begins = offsets[cells] + (torch.arange(len(cells), device=q.device) - ends[cells]) * size
+    group, sizes, numbers = q.shape[1] // k.shape[1], (k.shape[3], v.shape[3]), (len(first), k.shape[1])
+    constants = {"BLOCK": max(16, triton.next_power_of_2(block_size))}
+    parts = [q.new_empty(len(cells), block_size, n, dtype=torch.float32) for n in sizes]
+    totals = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v)]
+    with torch.cuda.device_of(q):
+        _backward[(len(cells),)](
+            q, *q.stride(), k, *k.stride(), v, *v.stride(), norm, up, delta, *parts, queries, begins,
+            torch.minimum(begins + size, offsets[cells + 1]), cells, sequence, first, *numbers, *tables[1:4],
+            seqs.row, seqs.k_start, seqs.k_length, group, *sizes, block_size, scale,
+            **constants, **several(group), **common(*sizes),
+        )  # fmt: skip
+        for part, total, n in zip(parts, totals, sizes, strict=True):
+            _add_up[(len(counts),)](
+                part, total, ends, sequence, first, *numbers, k.shape[2], seqs.row, seqs.k_start, seqs.k_length, n, block_size,
+                **constants, D=max(16, triton.next_power_of_2(n)),
+            )  # fmt: skip
+    return totals[0].to(k.dtype), totals[1].to(v.dtype)
 
 
 def _tables(seqs: Sequences) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ class Forward:
         """(N, T) log-probabilities, float32 or wider, of the response tokens under softmax(logits / temperature), less what
         truncation kept, and the entropies of those softmaxes. Zero off the mask."""
         self.check(x.tokens.device)
-        layout = rows_layout if self._layout is masked_layout and not self._worth_masking(x) else self._layout
+        layout = rows_layout if self._masks(x.tokens.device) and not self._worth_masking(x) else self._layout
         logps, entropy = self._run(layout(x), x.tokens[x.mask], temperature, bool(self._fused))
         spread = logps.new_zeros(x.tokens.shape)
         logps, entropy = spread.masked_scatter(x.mask, logps), spread.masked_scatter(x.mask, entropy)
@@ -123,6 +123,11 @@ class Forward:
             return ops.linear_logprob(hidden, self.model.get_output_embeddings().weight, targets, temperature)
 
         return sharding.run_as_forward(self.model, from_hidden)
+
+    def _masks(self, device: torch.device) -> bool:
+        """Whether the square of a group's tokens is in memory. Of packed groups it is on a GPU in float32."""
+        half = torch.is_autocast_enabled(device.type) or next(self.model.parameters()).dtype != torch.float32
+        return self._layout is masked_layout or (self._layout is packed_layout and device.type == "cuda" and not half)
 
     def _worth_masking(self, x: Experience) -> bool:
         """Fewer operations as one row a group? Linear layers count tokens, attention counts pairs of them."""

@@ -31,9 +31,10 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     kinds = dict.fromkeys(("q", "k", "v"), kind) | {"blocks": "*i32", "scale": "fp32"}
-    kinds |= dict.fromkeys(("fine", "coarse", "scores", "out", "norm", "up", "delta", "d_q", "d_k", "d_v"), "*fp32")
+    kinds |= dict.fromkeys(("fine", "coarse", "scores", "out", "norm", "up", "delta", "d_q"), "*fp32")
+    kinds |= dict.fromkeys(("part_k", "part_v", "parts", "total"), "*fp32")
     tables = ("sequence", "row", "column", "position", "k_start", "k_length", "seq_row", "counts", "queries", "offsets")
-    kinds |= dict.fromkeys((*tables, "block_sequence", "block_first"), "*i64")
+    kinds |= dict.fromkeys((*tables, "begins", "ends", "cells", "block_sequence", "block_first"), "*i64")
     shape = {"D": 128, "E": 128, "BLOCK": 64, "SIZE": 32, "STRIDE": 16, "COARSE": True, "LARGEST": 80.0}
     shape |= {"PRECISION": "ieee", "UPCAST": False, "TILE": chooser.TILE}
     several = chooser.several(16)
@@ -42,6 +43,7 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
         (kernels._forward, {"BACKWARD": False, "GROUP": 16}),
         (kernels._forward, {"BACKWARD": True, "GROUP": 16}),
         (kernels._backward, several),
+        (kernels._add_up, {}),
     ):
         names = kernel.arg_names
         constants = {name: value for name, value in {**shape, **own}.items() if name in names}

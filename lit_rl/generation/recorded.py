@@ -86,6 +86,10 @@ class Recorded:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token (R,) to each row; the logits (R, V) of the next."""
+        with torch.cuda.device_of(self.at):  # whose streams a graph is recorded and replayed on
+            return self._step(tokens)
+
+    def _step(self, tokens: Tensor) -> Tensor:
         if self.length == self.room:
             self._lay_out([(layer.keys, layer.values) for layer in self.layers])
         self.ids[self.slots, 0] = tokens

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--key-heads", type=int, default=1)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--backward", type=int, default=8192, help="the longest length whose backward is measured")
+    parser.add_argument("--backward", type=int, default=32768, help="the longest length whose backward is measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scale, group = args.size**-0.5, args.heads // args.key_heads
