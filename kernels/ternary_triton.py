@@ -3,7 +3,7 @@ training does to each weight in each step, `round_weight` and `survey` of ternar
 
 Of products a program owns a tile of tokens x outputs and walks along the inputs: bytes are unpacked, and scaled, in registers,
 where code * scale is exact in bfloat16 too. So weights cross memory at 2 + 16 / group bits each. Sums have one owner and one
-order, and a token's numbers do not depend on its neighbours. Blocks are as in logprob_triton.py; nothing was tuned on a GPU.
+order, and a token's numbers do not depend on its neighbours. Nothing was tuned on a GPU.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ def test_numbers_on_a_gpu():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
-    """No GPU is needed to compile for one. Shared memory is what the smallest GPU since Ampere gives a program."""
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
+def test_they_compile(kind, capability, monkeypatch, tmp_path):
+    """No GPU is needed to compile for one."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -30,23 +30,16 @@ def test_they_compile_and_fit(dtype, capability, monkeypatch, tmp_path):
     from lit_rl.kernels import logprob_triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    blocks = dict(zip(("OWN", "OTHER", "WIDTH"), kernels.BLOCKS[dtype], strict=True))
-    pointers = dict.fromkeys(("logps", "entropy", "norm", "d_logps", "d_entropy", "grad"), "*fp32") | {
-        "targets": "*i64"
-    }
-    pointers |= dict.fromkeys(("hidden", "weight", "own", "other"), "*bf16" if dtype == torch.bfloat16 else "*fp32")
-    for kernel, owns in ((kernels._forward, {}), *((kernels._backward, {"OWNS_TOKENS": x}) for x in (True, False))):
-        columns = {name: 1 for name in kernel.arg_names if name.endswith("_column")}  # as for contiguous inputs
-        constants = {**blocks, **owns, **columns, "PRECISION": "ieee", "UPCAST": False}
-        kinds = {**pointers, "temperature": "fp32", **dict.fromkeys(constants, "constexpr")}
-        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    for kernel in (kernels._fold, kernels._gradient):
+        numbers = ("logits", "tops", "totals", "moments", "chosen", "norm", "entropy", "d_logps", "d_entropy")
+        kinds = dict.fromkeys(numbers, "*fp32") | {"targets": "*i64", "temperature": "fp32", "grads": kind}
+        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names} | {"BLOCK": "constexpr"}
         compiled = triton.compile(
-            ASTSource(kernel, signature, constants),
+            ASTSource(kernel, signature, {"BLOCK": kernels.BLOCK}),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": kernels.WARPS},
         )
         assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= 99 * 1024
 
 
 def test_elsewhere_torch_computes_in_chunks(monkeypatch):

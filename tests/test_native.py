@@ -30,7 +30,7 @@ from transformers.generation.logits_process import (
 from lit_rl.generation import caches, sampling
 from lit_rl.generation.base import Completion, Sampling, later_seed
 from lit_rl.generation.native import NativeGenerator
-from lit_rl.generation.rows import Cache, DynamicCache, Rows
+from lit_rl.generation.rows import Cache, DynamicCache, Rows, _similar
 from lit_rl.generation.sampling import draw, uniforms
 
 V = 64
@@ -452,6 +452,14 @@ def test_positions_passed_through_the_model(llama: Any, share: bool, max_rows: i
         assert sum(passed) == {256: 4 * 12 + 20, 4: 2 * 10 + 2 * 12 + 20}[max_rows]
     finally:
         handle.remove()
+
+
+def test_a_gpu_computes_few_tokens_at_once() -> None:
+    prompts = [tuple(range(n)) for n in (2, 3, 10, 11, 40, 100)]
+    sizes = [[len(prompt) for prompt in batch] for batch in _similar(prompts, 44)]
+    assert sizes == [[2, 3, 10, 11], [40], [100]]
+    assert [len(batch) for batch in _similar(prompts)] == [1, 1, 2, 1, 1]
+    assert sum(map(list, _similar(prompts, 600)), []) == prompts  # noqa: RUF017
 
 
 def test_cache_is_written_in_place() -> None:

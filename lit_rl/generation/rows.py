@@ -23,6 +23,7 @@ from lit_rl.models import takes_attention
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of forward's argument and its output's field, newest first
 PADDING = 0.75  # prompts computed in one forward are at least this fraction of the longest among them
+FEW = 8192  # tokens with padding that a GPU computes in one forward in any case: its launches take longer than its work
 
 Prompt = tuple[int, ...]
 
@@ -44,7 +45,8 @@ class Rows:
         known = signature(model.forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in known), "")
         grows = growing(model)
-        outs = [self._prefill(batch, pad, grows) for batch in _similar([prompt for prompt, _ in prompts])]
+        few = FEW if next(model.parameters()).is_cuda else 0
+        outs = [self._prefill(batch, pad, grows) for batch in _similar([prompt for prompt, _ in prompts], few)]
         caches: list[Any] = [getattr(out, self.cache_name, None) for out in outs]
         if caches[0] is None:
             raise ValueError(f"{type(model).__name__} keeps no key-value cache: the native generator needs one")
@@ -161,13 +163,16 @@ def _shareable(model: Any, layers: list[tuple[Tensor, Tensor]]) -> bool:
     )
 
 
-def _similar(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Prompts, shortest first, in batches of similar length."""
+def _similar(prompts: list[Prompt], few: int = 0) -> Iterator[list[Prompt]]:
+    """Prompts, shortest first, in batches of similar length, or of few tokens."""
     start = 0
     for end in range(1, len(prompts) + 1):
-        if end == len(prompts) or len(prompts[start]) < PADDING * len(prompts[end]):
-            yield prompts[start:end]
-            start = end
+        if end < len(prompts):
+            longest = len(prompts[end])
+            if len(prompts[start]) >= PADDING * longest or (end + 1 - start) * longest <= few:
+                continue
+        yield prompts[start:end]
+        start = end
 
 
 def _join(parts: Sequence[DynamicLayer], width: int) -> tuple[Tensor, Tensor]:

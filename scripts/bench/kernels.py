@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,7 @@ from lit_rl.kernels import logprob, ternary
 
 HEADS = [(8192, 576, 49152), (8192, 1536, 151936), (4096, 4096, 151936)] if CUDA else [(64, 32, 96)]
 """Tokens, hidden size, words."""
-TUNED = HEADS[1 if CUDA else 0]
 LAYER, LAYERS, GROUP = (4096, 32, 32) if CUDA else (64, 2, 32)
-FORWARD = [(64, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
-BACKWARD = [(64, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
-"""OWN, OTHER, WIDTH, warps, stages of logprob_triton.py's kernels in bfloat16; few of them spill any registers on 9.0."""
 Row = dict[str, Any]
 Function = Callable[[Tensor, Tensor, Tensor], Any]
 """Of hidden states, weight and targets to log-probabilities and entropies, or to the sum of the former and None."""
@@ -53,12 +45,6 @@ def chunked(module: Any, size: int, *inputs: Tensor) -> Any:
 def candidates(half: bool) -> dict[str, Function]:
     found: dict[str, Function] = {"lit-rl": ops.linear_logprob}
 
-    def fused() -> None:
-        import logprob_fused
-
-        for power in (25, 26, 27, 28) if half else (26,):
-            found[f"cuBLAS + Triton, chunks of 2^{power}"] = partial(chunked, logprob_fused, 2**power)
-
     def trl() -> None:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Fused
 
@@ -70,9 +56,9 @@ def candidates(half: bool) -> dict[str, Function]:
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         found["Liger's cross entropy"] = lambda h, w, t: (-loss(w, h, t), None)
 
-    for add in (fused, trl, liger) if CUDA else ():
+    for add in (trl, liger) if CUDA else ():
         attempt(add.__name__, add)
-    for power in (22, 25, 27, 28) if half else (27,):
+    for power in (22, 27) if half else (27,):
         found[f"torch, chunks of 2^{power}"] = partial(chunked, logprob, 2**power)
     found["torch, all logits"] = logprob.naive_linear_logprob
     return found
@@ -129,50 +115,6 @@ def head(rates: dict[str, float]) -> list[Row]:
     return rows
 
 
-def tune_case(size: tuple[int, int, int], kind: str, blocks: tuple[int, ...], call: Callable[..., Any]) -> Any:
-    """`call` of one of logprob_triton.py's kernels with these blocks."""
-    import triton
-
-    from lit_rl.kernels import logprob_triton as kernels
-
-    hidden, weight, targets = (x.detach() for x in example(*size, torch.bfloat16))
-    numbers = torch.randn(4, len(hidden), device=DEVICE).unbind()
-    own, other = (weight, hidden) if kind == "d weight" else (hidden, weight)
-    names = dict(zip(("OWN", "OTHER", "WIDTH", "num_warps", "num_stages"), blocks, strict=True))
-    if kind == "forward":
-        kernel, rest, owns = kernels._forward, numbers[:3], {}
-    else:
-        grad = torch.zeros(own.shape, device=DEVICE)
-        kernel, rest, owns = kernels._backward, (*numbers, grad), {"OWNS_TOKENS": kind == "d hidden"}
-
-    def launch() -> None:
-        kernel[(triton.cdiv(len(own), names["OWN"]),)](
-            own, *own.stride(), len(own), other, *other.stride(), len(other), own.shape[1], 1.0, targets, *rest,
-            **owns, **names, UPCAST=False, PRECISION="tf32",
-        )  # fmt: skip
-
-    return call(launch)
-
-
-def compile_case(case: tuple[str, tuple[int, ...]]) -> None:
-    """In a process of its own, for the cache of compiled kernels."""
-    tune_case((256, 128, 1024) if CUDA else TUNED, *case, call=lambda launch: launch())
-
-
-def tune(rates: dict[str, float]) -> list[Row]:
-    cases = [("forward", blocks) for blocks in FORWARD]
-    cases += [(kind, blocks) for kind in ("d hidden", "d weight") for blocks in BACKWARD]
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as pool:
-        attempt("compiling", lambda: list(pool.map(compile_case, cases)))
-    rows = []
-    for kind, blocks in cases:
-        took = attempt(f"{kind} {blocks}", partial(tune_case, TUNED, kind, blocks, milliseconds))
-        work = (1 if kind == "forward" else 2) * 2 * math.prod(TUNED) / 1e9  # with the logits again
-        row: Row = {"kernel": kind, "OWN, OTHER, WIDTH, warps, stages": str(blocks), "ms": took}
-        rows.append(row | {"TFLOP/s": took and work / took, "share": took and work / took / rates["bfloat16"]})
-    return rows
-
-
 def decoding(rates: dict[str, float]) -> list[Row]:
     """Layers one after the other, whose weights do not fit in a cache together, as one CUDA graph."""
     rows = []
@@ -193,9 +135,9 @@ def decoding(rates: dict[str, float]) -> list[Row]:
 
 
 def main() -> None:
-    parts = {"head": head, "ternary": decoding, "tune": tune}
+    parts = {"head": head, "ternary": decoding}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=parts, default=["head", "ternary"])
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32
