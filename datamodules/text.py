@@ -40,7 +40,7 @@ class Text(TaskData):
         separator: What stands between two documents of a text file, such as "\\n\\n"; None: a file is one.
         held_out: Share of the documents that are for validation, and as many again for the test.
         cache: Where folders of tokens are kept.
-        shuffle: As in TaskData; so are all further arguments.
+        shuffle, **kwargs: As in TaskData.
     """
 
     def __init__(

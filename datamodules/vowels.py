@@ -28,7 +28,7 @@ class Vowels(TaskData):
     Args:
         size: Training tasks.
         eval_size: Validation tasks, and as many for test.
-        batch_size: As in TaskData; so are all further arguments.
+        batch_size, **kwargs: As in TaskData.
     """
 
     def __init__(self, size: int = 10_000, eval_size: int = 16, *, batch_size: int = 8, **kwargs: Any) -> None:

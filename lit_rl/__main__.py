@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -9,6 +10,11 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     from lit_rl import commands
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes of your own, as with `python -m`
+    if not argv or argv[0] in ("-h", "--help"):
+        print(commands.HELP, end="")
+        return
     try:
         if argv and argv[0] in commands.COMMANDS:
             commands.COMMANDS[argv[0]](argv[1:])
@@ -18,9 +24,11 @@ def main(argv: list[str] | None = None) -> None:
         argv = resolve(argv)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f"lit-rl: {error}")
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
     try:
         run_cli(argv)
-    except (FileExistsError, PermissionError) as error:  # the run's folder
+    except (FileExistsError, PermissionError, MisconfigurationException) as error:  # the run's folder, the Trainer's flags
         sys.exit(f"lit-rl: {error}")
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from difflib import get_close_matches
-from inspect import signature
+from inspect import getdoc, signature
 from pathlib import Path
 from pydoc import locate
+from textwrap import dedent
 from typing import Any, NoReturn
 
 import jsonargparse
 import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import lit_rl.callbacks
 import lit_rl.datamodules
@@ -26,6 +30,9 @@ from lit_rl.generation.base import Sampling
 from lit_rl.run import RunLogger
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# What Lightning says in every run, and no user can act on:
+warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 METHODS = {name: getattr(lit_rl, name) for name in methods.__all__}
 DATAMODULES = {name: getattr(lit_rl.datamodules, name) for name in lit_rl.datamodules.__all__}
@@ -58,20 +65,43 @@ def explain(message: str) -> str:
         "- Does not validate",
         "Does not validate",
         "Errors:",
+        "Subclass types expect one of",
+        "- a class path",
+        "- a dict with",
     )
     lines = [line for line in message.split("\n") if line.strip() and not line.strip().startswith(noise)]
-    message = "\n".join(dict.fromkeys(lines)) or message
+    message = dedent("\n".join(dict.fromkeys(lines))).removeprefix("- ") or message
+    if re.search(r"arguments are required: .*model|'lightning.LightningModule'", message):
+        return f"{message}\nNo method is chosen. Recipes have one: lit-rl fit --config grpo --config tiny; lit-rl recipes lists them."
     classes = {**METHODS, **ENGINES, **DATAMODULES, **CALLBACKS}
     options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
     for word in dict.fromkeys(w.rpartition(".")[2] for w in asked):
-        if close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7):
+        if word not in options and (close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7)):
             message += f"\nDid you mean {' or '.join(close)} instead of {word}?"
     return message
 
 
+class Formatter(jsonargparse.DefaultHelpFormatter):
+    """Leaves out lists of subclasses that nobody reads: a module may be any of PyTorch's."""
+
+    def _get_help_string(self, action: Any) -> str:
+        return re.sub(r", known subclasses: ([^,)]+, ){100}[^)]*", "", super()._get_help_string(action))
+
+
 class Parser(LightningArgumentParser):
     """Complains in a few lines, with suggestions, where jsonargparse prints the usage of every option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Formatter, **kwargs})
+
+    def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
+        """Titles a class's options with the first paragraph of its docstring; jsonargparse, with the first line."""
+        added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+        group, about = self.groups.get(nested_key), (getdoc(class_type) or "").partition("\n\n")[0]
+        if group is not None and about.startswith(group.title):
+            group.title = about.rstrip(".:")
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -90,7 +120,7 @@ class SaveConfig(SaveConfigCallback):
             run.refuse_other_run(folder / "config.yaml", trainer)
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder.mkdir(parents=True, exist_ok=True)
-            name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+            name = "config.yaml" if stage == "fit" else f"config_{trainer.state.fn.value}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
             if logger := run.wandb_logger(trainer):
                 content = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
@@ -139,6 +169,7 @@ class CLI(LightningCLI):
             os.environ[RUN_VARIABLE] = config.run = os.environ.get(RUN_VARIABLE) or config.run or _free_folder(name)
             self.folder = Path(config.run)
             run.refuse_unwritable(self.folder)
+            rank_zero_info(f"The run's folder: {self.folder}")
         config.trainer.default_root_dir = config.trainer.default_root_dir or config.run
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -195,6 +226,8 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         super()._run_subcommand(subcommand)
         ranks.join(self.trainer)
+        if self.folder and self.trainer.is_global_zero:
+            print(f"{self.folder} holds {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
 def _free_folder(name: str) -> str:
@@ -232,10 +265,7 @@ def run_cli(argv: list[str]) -> CLI:
             parser_class=Parser,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            parser_kwargs={
-                "prog": "lit-rl",
-                "description": "Reinforcement learning for LLM reasoning. Also: recipes, bootcamp, export, report, tunnel.",
-            },
+            parser_kwargs={"prog": "lit-rl"},
         )
     finally:
         for name, value in before.items():

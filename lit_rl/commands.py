@@ -8,6 +8,22 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+HELP = """\
+lit-rl COMMAND: reinforcement learning for LLM reasoning
+
+  fit        trains: lit-rl fit --config grpo --config tiny
+  test       evaluates on held-out tasks: lit-rl test --config runs/grpo-1/config.yaml --ckpt_path last
+  validate   does so on those that fit looks at
+  predict    writes responses to predictions.jsonl
+  recipes    lists what --config finds by name, or prints one
+  bootcamp   lists, shows and checks families of tasks
+  export     makes a Hugging Face folder of a checkpoint
+  report     makes one HTML page of a run
+  tunnel     searches options on narrow models, and runs wide ones with the best
+
+Each has --help. The options of a class: lit-rl fit --model.help GRPO, --data.help Bootcamp, --trainer.callbacks.help ClipCov.
+"""
+
 
 def recipe_paths() -> dict[str, Path]:
     """The shipped recipes by name."""

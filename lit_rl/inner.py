@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rl import hooks, run, schedules
@@ -80,7 +81,7 @@ class InnerLoop(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: a policy accumulates by itself. Leave it"
                 " at 1; set the DataModule's batch_size for larger batches, model.microbatch_tokens for less memory."
             )

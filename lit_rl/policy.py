@@ -31,7 +31,7 @@ class Policy(InnerLoop, Actor):
     `InnerLoop` does.
 
     Args:
-        model: As in Actor; so are all further arguments.
+        model, **kwargs: As in Actor.
         lr: Learning rate of AdamW; LightningCLI's `--optimizer` and `--lr_scheduler` (stepped as the Trainer is) replace both.
         weight_decay: Of AdamW.
         schedule: Of the learning rate, over the Trainer's steps; "wsd" (warm-up, stable, decay) falls at the end alone.

@@ -36,7 +36,7 @@ class Rollout(Policy):
         forward -> terms -> on_loss -> (loss * weights).sum()                                   (loss, once a slice)
 
     Args:
-        model: As in Policy; so are all further arguments.
+        model, **kwargs: As in Policy.
         group: Responses a prompt.
         advantage: How rewards become advantages; a name in lit_rl.advantage.
         aggregate: What a minibatch's loss is a mean over: "token" (all response tokens alike), "sequence" (tokens within a

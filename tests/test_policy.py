@@ -3,6 +3,7 @@
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rl import GRPO, DrGRPO, RLCallback, Sampling, Task, Verdict
 from lit_rl.datamodules.base import TaskData
@@ -54,7 +55,7 @@ class Gradients(L.Callback):
 
 
 def test_accumulate_grad_batches_is_refused():
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches is 2: .*microbatch_tokens"):
+    with pytest.raises(MisconfigurationException, match=r"accumulate_grad_batches is 2: .*microbatch_tokens"):
         trainer(accumulate_grad_batches=2).fit(policy(), Letters())
 
 

@@ -27,7 +27,7 @@ class NFT(Rollout):
     options, `objective`, the clips and `cap` play no part.
 
     Args:
-        model: As in Rollout; so are all further arguments.
+        model, **kwargs: As in Rollout.
         advantage: The prompt's weight: "dr_grpo" is 1 - q, with q its pass rate; "grpo" is sqrt((1 - q) / q), but for the
             constant sqrt((group - 1) / group).
         epsilon: Lower bound of the negative policy's ratio, which on-policy is 1.

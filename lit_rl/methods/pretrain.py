@@ -18,7 +18,7 @@ class Pretrain(SFT):
     response. Evaluation logs val/loss and test/loss, in nats a token; tasks that can be scored are also answered.
 
     Args:
-        model: As in SFT; so are all further arguments.
+        model, **kwargs: As in SFT.
     """
 
     reads_tokens = True

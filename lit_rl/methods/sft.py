@@ -16,7 +16,7 @@ class SFT(Policy):
     """Maximises the likelihood of each known response, such as a bootcamp's worked solutions: groups of demonstrations.
 
     Args:
-        model: As in Policy; so are all further arguments.
+        model, **kwargs: As in Policy.
         aggregate: Whether all response tokens count alike ("token") or all responses ("sequence").
     """
 
