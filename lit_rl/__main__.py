@@ -28,7 +28,11 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         run_cli(argv)
-    except (FileExistsError, PermissionError, MisconfigurationException) as error:  # the run's folder, the Trainer's flags
+    except (
+        FileExistsError,
+        PermissionError,
+        MisconfigurationException,
+    ) as error:  # the run's folder, the Trainer's flags
         sys.exit(f"lit-rl: {error}")
 
 

@@ -123,11 +123,10 @@ class Actor(Evaluated):
         fit = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= limit]
         if too_long := sum(len(prompt) > limit for prompt in prompts):
             self.count("skipped/prompt_too_long", too_long)
-            longest = max(map(len, prompts))
             rank_zero_warn(
-                f"left out {too_long} of {len(tasks)} prompts: the longest has {longest} tokens, and the model's"
-                f" context of {limit + room} leaves {limit} beside {room} for the response. Lower the tasks' level or"
-                " sampling.max_new_tokens. Counted as skipped/prompt_too_long; this message comes once."
+                f"prompts of more than {limit} tokens are left out: the model's context is {limit + room}, of which the response"
+                f" may take {room}. Lower the tasks' level or sampling.max_new_tokens. Counted as skipped/prompt_too_long; this"
+                " message comes once."
             )
         return [tasks[i] for i in fit], [prompts[i] for i in fit]
 

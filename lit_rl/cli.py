@@ -72,7 +72,7 @@ def explain(message: str) -> str:
     lines = [line for line in message.split("\n") if line.strip() and not line.strip().startswith(noise)]
     message = dedent("\n".join(dict.fromkeys(lines))).removeprefix("- ") or message
     if re.search(r"arguments are required: .*model|'lightning.LightningModule'", message):
-        return f"{message}\nNo method is chosen. Recipes have one: lit-rl fit --config grpo --config tiny; lit-rl recipes lists them."
+        return f"{message}\nNo method is chosen: begin with a recipe, such as --config grpo; lit-rl recipes lists them."
     classes = {**METHODS, **ENGINES, **DATAMODULES, **CALLBACKS}
     options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
@@ -95,11 +95,11 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": Formatter, **kwargs})
 
-    def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
+    def add_class_arguments(self, class_type: Any, nested_key: Any = None, *args: Any, **kwargs: Any) -> list[str]:
         """Titles a class's options with the first paragraph of its docstring; jsonargparse, with the first line."""
         added = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
-        group, about = self.groups.get(nested_key), (getdoc(class_type) or "").partition("\n\n")[0]
-        if group is not None and about.startswith(group.title):
+        group, about = (self.groups or {}).get(nested_key), (getdoc(class_type) or "").partition("\n\n")[0]
+        if group is not None and about.startswith(group.title or "\0"):
             group.title = about.rstrip(".:")
         return added
 
@@ -120,7 +120,7 @@ class SaveConfig(SaveConfigCallback):
             run.refuse_other_run(folder / "config.yaml", trainer)
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             folder.mkdir(parents=True, exist_ok=True)
-            name = "config.yaml" if stage == "fit" else f"config_{trainer.state.fn.value}.yaml"
+            name = "config.yaml" if stage == "fit" else f"config_{getattr(stage, 'value', stage)}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
             if logger := run.wandb_logger(trainer):
                 content = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
@@ -138,7 +138,7 @@ class CLI(LightningCLI):
             "--run",
             type=str,
             default=None,
-            help="The run's folder; runs/METHOD-N when it is not given, and none when the logger is false.",
+            help="The run's folder, runs/METHOD-N when it is not given: metrics, completions, checkpoints.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

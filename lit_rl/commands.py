@@ -23,6 +23,8 @@ lit-rl COMMAND: reinforcement learning for LLM reasoning
 
 Each has --help. The options of a class: lit-rl fit --model.help GRPO, --data.help Bootcamp, --trainer.callbacks.help ClipCov.
 """
+OVERLAY = "An overlay: "
+"""How a recipe begins that goes after others."""
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -36,8 +38,14 @@ def recipes(argv: list[str]) -> None:
     parser.add_argument("name", nargs="?", help="print this recipe")
     name = parser.parse_args(argv).name
     if name is None:
-        for stem, path in recipe_paths().items():
-            print(f"{stem:24} {path.read_text().splitlines()[0].lstrip('# ')}")
+        about = {stem: path.read_text().splitlines()[0].lstrip("# ") for stem, path in recipe_paths().items()}
+        overlays = {stem: text.removeprefix(OVERLAY) for stem, text in about.items() if text.startswith(OVERLAY)}
+        for stem, text in about.items():
+            if stem not in overlays:
+                print(f"{stem:24} {text}")
+        print("\nOverlays, to put after any of these:")
+        for stem, text in overlays.items():
+            print(f"{stem:24} {text}")
     else:
         from lit_rl.cli import find_recipe
 

@@ -345,7 +345,7 @@ def export(
         raise ValueError(f"cannot export to '{folder}': it is a file")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
-            raise ValueError(f"cannot export to '{folder}': it is not empty (overwrite=True replaces it)")
+            raise ValueError(f"cannot export to '{folder}': it is not empty (`overwrite` replaces it)")
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"cannot export to '{folder}': it holds something that is not a model, so it is not replaced"

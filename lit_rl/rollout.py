@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import adapters, hooks, objectives
+from lit_rl import adapters, hooks, models, objectives
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.ahead import Ahead
@@ -156,6 +156,8 @@ class Rollout(Policy):
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
         limit = f"null with {type(self.generator).__name__}: the native engine alone samples by a copy of the weights"
         require(ahead is None or getattr(self.generator, "exact", False), "ahead", ahead, limit)
+        context = models.context_length(self.model)
+        require(longest < context, "sampling.max_new_tokens", longest, f"below the model's context of {context} tokens")
         self.chunks: Chunks | None = None
         if chunk is not None or ahead is not None:
             device = None if ahead == "thread" else ahead
@@ -217,6 +219,12 @@ class Rollout(Policy):
                 x.rewards -= self.kl_coef * torch.where(x.off_policy, 0.0, divergence)  # of the policy's own samples
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
         hooks.call(self.trainer, "on_advantage", x, module=self)
+        if len(x) and not x.advantages.any():
+            rank_zero_warn(
+                "in one step the responses to each prompt were rewarded alike, and taught nothing. Where many steps are so (see"
+                " reward, and groups/no_signal of RolloutStats), the tasks are too hard or too easy for the policy: change"
+                " them, warm-start it by SFT, or raise `group`. This message comes once."
+            )
         if self.mask_truncated:
             x.mask &= ~x.truncated[:, None]
         return x

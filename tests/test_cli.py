@@ -10,7 +10,7 @@ import torch
 
 from lit_rl import jsonl
 from lit_rl.__main__ import main
-from lit_rl.commands import recipe_paths
+from lit_rl.commands import COMMANDS, recipe_paths
 
 OVERLAYS = {name for name, path in recipe_paths().items() if path.read_text().startswith("# An overlay")}
 IMITATE = "sft", "ternary", "pretrain", "coordinate_check", "scaling_bench"
@@ -82,6 +82,8 @@ def test_resume_validate_export_and_report(capsys):
     assert "vowels" in text
     assert "pass@1" in text
     assert jsonl.read(Path("straight/evaluations.jsonl"))[-1]["stage"] == "val"
+    assert Path("straight/config_validate.yaml").exists()
+    assert "straight holds checkpoints, completions.jsonl, config.yaml, config_validate.yaml" in text
 
     code, text = run(capsys, "export", "straight/checkpoints/last.ckpt", "exported")
     assert code == 0, text
@@ -134,6 +136,12 @@ def test_runs_without_a_name_get_their_own_folders(capsys):
         ),
         (["fit", "--config", "grpo", "--config", "tiny", "--data", "Bootcamp", "--data.level", "12"], "levels 0 to 9"),
         (["fit", "--config", "grpo", "--config", "tiny", "--model.sampling.top_p", "1.5"], "top_p is 1.5"),
+        (["fit"], "No method is chosen"),
+        (["fit", "--config", "tiny"], "No method is chosen"),
+        (
+            ["fit", "--config", "grpo", "--config", "tiny", "--trainer.accumulate_grad_batches", "2"],
+            "lit-rl: accumulate_grad_batches is 2",
+        ),
         (["bootcamp", "show", "add-colums"], "did you mean add-columns"),
         (["bootcamp", "show", "add-columns", "--level", "77"], "has levels 0 to 9, not 77"),
         (["export", "nowhere.ckpt", "x"], "there is no checkpoint nowhere.ckpt"),
@@ -158,7 +166,7 @@ def test_bootcamp_commands(capsys):
     assert "passes 13 of 13 gates" in text
 
 
-def test_check_finds_a_bad_family_of_the_users_own(capsys, monkeypatch):
+def test_check_finds_a_bad_family_of_the_users_own(capsys):
     Path("mine.py").write_text(
         "from lit_rl.datamodules.families import Family\n"
         "from lit_rl.datamodules.families.answers import Integer\n"
@@ -170,7 +178,6 @@ def test_check_finds_a_bad_family_of_the_users_own(capsys, monkeypatch):
         "    def oracle(self, x): return int(str(x['n'])[-1]) % 2\n"
         "    def check(self, x, value): return eval(str(value)) == self.solve(x)\n"
     )
-    monkeypatch.syspath_prepend(".")
     code, text = run(capsys, "bootcamp", "check", "mine.GuessTheBit")
     assert code == 1
     assert "constants fail: the constant" in text
@@ -179,15 +186,29 @@ def test_check_finds_a_bad_family_of_the_users_own(capsys, monkeypatch):
 
 def test_recipes_are_listed(capsys):
     _, text = run(capsys, "recipes")
-    assert [line.split()[0] for line in text.splitlines()] == sorted(recipe_paths())
+    methods, overlays = (part.split("\n") for part in text.strip().split("\n\n"))
+    assert {line.split()[0] for line in methods} == recipe_paths().keys() - OVERLAYS
+    assert {line.split()[0] for line in overlays[1:]} == OVERLAYS
     _, text = run(capsys, "recipes", "dapo")
     assert "model: DAPO" in text
+
+
+def test_help_names_every_command(capsys):
+    for argv in ([], ["--help"]):
+        code, text = run(capsys, *argv)
+        assert code == 0
+        assert {"fit", "validate", "test", "predict", *COMMANDS} <= {
+            line.split()[0] for line in text.splitlines() if line
+        }
 
 
 def test_help_shows_a_method(capsys):
     _, text = run(capsys, "fit", "--model.help", "DAPO")
     assert "Replace groups whose rewards are all equal" in text
     assert "Longest completion, in tokens" in text, "attribute docstrings are help"
+    assert '"smollm2-135m", a hub id' in " ".join(text.split()), "not how another class says it"
+    assert "torch.nn.Identity" not in text, "what a module may be is no list to read"
+    assert "as memory and batch size allow" in text, "the whole first paragraph"
 
 
 def test_predict_writes_a_record_a_response(capsys):
@@ -242,6 +263,26 @@ def test_test_prints_a_table(capsys):
     assert code == 0, text
     for word in ("pass@1", "±95%", "pass@4", "maj@4", "length", "vowels", "mean"):
         assert word in text
+
+
+def test_classes_of_the_working_directory_and_a_small_data_set(tmp_path):
+    """As the installed command, which does not put the working directory before other modules: -P."""
+    Path("mine.py").write_text(
+        "from lit_rl import DrGRPO, Task\n"
+        "from lit_rl.datamodules import TaskData\n"
+        "class Few(TaskData):\n"
+        "    def tasks(self, split):\n"
+        "        return [Task(f'{i}+1=', lambda text, a=str(i + 1): a in text) for i in range(20)]\n"
+        "class Plain(DrGRPO):\n"
+        "    def surrogate(self, log_ratio, logps, x):\n"
+        "        return -x.advantages * log_ratio, None\n"
+    )
+    words = "fit --config grpo --config tiny --model mine.Plain --model.group 2 --data mine.Few --trainer.max_steps 12 --run r"
+    command = [sys.executable, "-P", "-m", "lit_rl", *words.split(), "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The run's folder: r" in done.stderr
+    assert [r["step"] for r in jsonl.read(Path("r/evaluations.jsonl"))] == [10], "steps across epochs of two batches"
 
 
 def test_the_module_runs_from_a_shell(tmp_path):

@@ -335,7 +335,7 @@ def test_export_never_overwrites_by_accident(tmp_path, tiny):
     (tmp_path / "empty").mkdir()
     folder = models.export(*tiny, tmp_path / "empty")
     (folder / "stale.txt").touch()
-    with pytest.raises(ValueError, match=r"is not empty \(overwrite=True replaces it\)"):
+    with pytest.raises(ValueError, match=r"is not empty \(`overwrite` replaces it\)"):
         models.export(*tiny, folder)
     assert (folder / "stale.txt").is_file()
     torch.manual_seed(1)

@@ -96,11 +96,20 @@ def test_prompts_that_do_not_fit_are_counted():
             return tasks
 
     module = policy()
-    with pytest.warns(
-        UserWarning, match="left out 1 of 4 prompts: the longest has 3001 tokens, and the model's context of 2048"
-    ):
+    with pytest.warns(UserWarning, match="prompts of more than 2042 tokens are left out: the model's context is 2048"):
         trainer(max_steps=1).fit(module, Long())
     assert module.counts["skipped/prompt_too_long"] == 1
+
+
+def test_responses_that_no_context_holds_are_refused():
+    with pytest.raises(ValueError, match=r"max_new_tokens is 2048: it must be below the model's context of 2048"):
+        policy(sampling=Sampling(max_new_tokens=2048))
+
+
+@pytest.mark.parametrize(("score", "told"), [(lambda text: 0.0, True), (lambda text: len(text) / 10, False)])
+def test_a_step_that_teaches_nothing_is_told_of(score, told, recwarn):
+    trainer(max_steps=2).fit(policy(), Letters(score=score))
+    assert any("rewarded alike, and taught nothing" in str(w.message) for w in recwarn) is told
 
 
 def test_a_step_without_any_prompt_is_survived():
