@@ -142,9 +142,8 @@ class Completions(RLCallback):
         out = getattr(trainer.progress_bar_callback, "print", print)
         for r in records[: self.print_rows]:
             mark = {True: "right", False: "wrong", None: "not judged"}[r["correct"]]
-            out(
-                f"--- step {r['step']}, {r['family']}, {mark}, reward {r['reward']:.2f}\n{r['prompt']}\n>>> {r['response']}"
-            )
+            about = ", ".join(filter(None, [f"step {r['step']}", r["family"], mark, f"reward {r['reward']:.2f}"]))
+            out(f"--- {about}\n{r['prompt']}\n>>> {r['response']}")
 
     def _send(self, trainer: L.Trainer) -> None:
         """Adds the waiting rows to W&B's table."""

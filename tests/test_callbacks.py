@@ -1,6 +1,7 @@
 """Callbacks on lit-rl's policies and on a stranger's module."""
 
 import json
+import re
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -126,7 +127,7 @@ def test_rollout_stats():
     assert row["invalid"] == 0
 
 
-def test_completions_are_appended_and_hold_what_was_trained_on():
+def test_completions_are_appended_and_hold_what_was_trained_on(capsys):
     seen = []
 
     class Watch(RLCallback):
@@ -134,6 +135,7 @@ def test_completions_are_appended_and_hold_what_was_trained_on():
             seen.append(x)
 
     trainer(max_steps=2, callbacks=[Completions(print_every=1), Watch()]).fit(policy(), Letters())
+    assert re.search(r"--- step 1, (right|wrong), reward [01].00\ntrain 4: abababab\n>>> ", capsys.readouterr().out)
     records = [json.loads(line) for line in Path("completions.jsonl").read_text().split("\n") if line]
     assert len(records) == sum(map(len, seen)) == 32
     x = seen[1]
