@@ -129,6 +129,10 @@ class Forward:
         half = torch.is_autocast_enabled(device.type) or next(self.model.parameters()).dtype != torch.float32
         return self._layout is masked_layout or (self._layout is packed_layout and device.type == "cuda" and not half)
 
+    def pads(self, device: torch.device) -> bool:
+        """Whether shorter rows or groups of a slice are filled up to its longest."""
+        return self._layout is not packed_layout or self._masks(device)
+
     def _worth_masking(self, x: Experience) -> bool:
         """Fewer operations as one row a group? Linear layers count tokens, attention counts pairs of them."""
         width = getattr(self.model.config, "hidden_size", 1024)

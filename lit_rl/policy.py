@@ -206,9 +206,12 @@ class Policy(InnerLoop, Actor):
         units.sort(key=lambda unit: -unit[0])
         slices: list[list[int]] = []
         longest = count = 0
+        # A small model's slice takes longer to launch than a GPU takes to run it. On a CPU more of them save memory at no cost.
+        sorts = self.device.type == "cpu" or self.token_terms.pads(self.device)
         for size, part in units:
             held = count * longest  # with padding to the longest unit
-            mixed = size < 0.75 * longest and held >= self.microbatch_tokens / 8  # padding would cost more than a slice
+            # padding would cost more than a slice
+            mixed = sorts and size < 0.75 * longest and held >= self.microbatch_tokens / 8
             if not slices or held + longest > self.microbatch_tokens or mixed:
                 slices.append([])
                 longest, count = size, 0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, Literal
 
 from lit_rl.task import Verdict
@@ -80,8 +81,11 @@ class Scorer:
                     ended = late or (child.pipe in ready and child.read(verdicts))
                     if ended or not child.todo:
                         children.remove(child)
-                        status = child.kill()
-                        if child.todo:  # the first one is to blame; a fresh child takes the rest
+                        child.kill()
+                        if not child.todo:  # the system takes its memory back meanwhile: of a large trainer's, a while
+                            Thread(target=child.wait).start()
+                        else:  # the first one is to blame; a fresh child takes the rest
+                            status = child.wait()
                             fate = f" took more than {self.timeout:g} s" if late else f"'s process died ({status})"
                             verdicts[child.todo[0]] = Verdict.invalid(f"the verifier{fate}")
                             if rest := child.todo[1:]:
@@ -89,6 +93,7 @@ class Scorer:
         finally:
             for child in children:
                 child.kill()
+                child.wait()
         return [v if v is not None else Verdict.invalid("not scored") for v in verdicts]
 
 
@@ -136,12 +141,15 @@ class _Child:
             self.deadline = time.monotonic() + self.timeout
         return not data
 
-    def kill(self) -> str:
-        """Ends the child and whatever it has started; how it ended."""
+    def kill(self) -> None:
+        """Ends the child and whatever it has started."""
         os.close(self.pipe)
         for kill in (os.killpg, os.kill):  # before the child has made its group there is only itself
             with suppress(ProcessLookupError, PermissionError):
                 kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> str:
+        """How it ended, when it has."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 

@@ -7,6 +7,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rl import GRPO, DrGRPO, RLCallback, Sampling, Task, Verdict
 from lit_rl.datamodules.base import TaskData
+from lit_rl.experience import build
+from lit_rl.forward import packed_layout, rows_layout
 from lit_rl.methods.dapo import DAPO
 from lit_rl.rollout import Rollout
 
@@ -52,6 +54,26 @@ class Gradients(L.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "layout", "slices"),
+    [
+        ("cuda:0", torch.bfloat16, packed_layout, 1),
+        ("cuda:0", torch.bfloat16, rows_layout, 3),
+        ("cuda:0", torch.float32, packed_layout, 3),  # there each group has its mask
+        ("cpu", torch.float32, packed_layout, 3),
+    ],
+)
+def test_unequal_groups_share_a_slice_on_a_gpu_where_none_is_padded(device, dtype, layout, slices):
+    module = policy(microbatch_tokens=1000)
+    module.model.to(dtype)
+    module._device, module.token_terms._layout = torch.device(device), layout
+    prompts = [[1] * n for n in (2, 30, 60, 90) for _ in range(2)]
+    x = build(prompts, [[2] * 10] * 8, [0, 0, 1, 1, 2, 2, 3, 3], [])
+    parts = module.slices(x, torch.arange(8))
+    assert len(parts) == slices
+    assert sorted(int(n) for part in parts for n in part.lengths) == sorted(x.lengths.tolist())
 
 
 def test_accumulate_grad_batches_is_refused():

@@ -84,6 +84,22 @@ def test_grandchildren_die_with_their_parent():
     assert subprocess.run(["pgrep", "-f", "sleep 987"], capture_output=True).stdout == b""
 
 
+def test_children_are_gone_soon_after(monkeypatch):
+    fork, children = os.fork, []
+
+    def remember():
+        children.append(fork())
+        return children[-1]
+
+    monkeypatch.setattr(os, "fork", remember)
+    assert all(verdict.valid for verdict in Scorer(workers=3)([(len, "a")] * 6))
+    assert len(children) == 3
+    end = time.monotonic() + 10
+    while left := [pid for pid in children if os.path.exists(f"/proc/{pid}")]:  # as it does for one nobody waits for
+        assert time.monotonic() < end, left
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("workers", [1, 3, 50])
 def test_order_and_workers(workers):
     items = [(lambda text: {"length": len(text) / 100, "half": 0.25}, "x" * i) for i in range(40)]
