@@ -13,6 +13,7 @@ from lit_rl import jsonl, run
 from lit_rl.actor import Actor
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
+from lit_rl.rollout import Rollout
 from lit_rl.task import Verdict
 from lit_rl.tolerance import tolerate
 
@@ -90,7 +91,7 @@ class Completions(RLCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._asked:
+        if not self._asked and not isinstance(pl_module, Rollout):  # whose first step may have no rows
             self._asked = True
             rank_zero_warn(
                 f"Completions has nothing to record: in its first step {type(pl_module).__name__} has not called the hook"

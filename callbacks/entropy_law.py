@@ -17,8 +17,8 @@ from lit_rl.hooks import RLCallback
 
 class EntropyLaw(RLCallback):
     """Fits R = -a e^H + b (arXiv 2505.22617) to the first steps of a run, and from there on forecasts. H is the mean entropy
-    of the tokens that count in the loss, R the mean reward of all valid responses of a step, before dynamic sampling leaves
-    any out. (The paper takes the accuracy in validation for R.)
+    of the tokens that count in the loss, R the mean reward of all valid responses that the policy sampled in a step, before
+    dynamic sampling leaves any out. (The paper takes the accuracy in validation for R.)
 
     Logs, each step, under entropy_law/: a and b; ceiling, which is R when no entropy is left, and ceiling_interval, half of
     its 95 % interval; predicted, R at the step's own entropy, predicted_interval, and measured. Once the first steps are
@@ -47,8 +47,9 @@ class EntropyLaw(RLCallback):
         self._start()
 
     def on_rollout(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience) -> None:
-        self._reward += float(experience.rewards[experience.valid].sum())
-        self._rows += int(experience.valid.sum())
+        own = experience.valid & ~experience.off_policy
+        self._reward += float(experience.rewards[own].sum())
+        self._rows += int(own.sum())
 
     def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
         counted = terms.weights != 0

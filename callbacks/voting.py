@@ -62,6 +62,8 @@ class MajorityVote(RLCallback):
             return
         if not isinstance(pl_module, Rollout):
             raise TypeError(f"MajorityVote needs a policy that samples responses, not {type(pl_module).__name__}")
+        limit = "at least 2 with dynamic_sampling: one reward never differs"
+        require(self.samples > 1 or not pl_module.dynamic_sampling, "samples", self.samples, limit)
         if getattr(getattr(trainer, "datamodule", None), "adaptive", False):
             raise ValueError(
                 "adaptive is True: it must be False, since it raises levels by labels, which a vote replaces"
@@ -121,7 +123,7 @@ class MajorityVote(RLCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value, (ratios, prompts) = trainer.callback_metrics.get(self.monitor), self._agreement
-        if value is None or not prompts:
+        if trainer.sanity_checking or value is None or not prompts:
             return
         now = [float(value), ratios / prompts]
         self._agreement = [0.0, 0.0]

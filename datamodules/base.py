@@ -110,7 +110,9 @@ class TaskData(L.LightningDataModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Task]:
-        tasks = self.tasks("train")
+        tasks, ranks = self.tasks("train"), self.trainer.world_size if self.trainer else 1
+        limit = f"at most {len(tasks) // ranks}, since there are {len(tasks)} tasks for {ranks} ranks, and a batch is a full one"
+        require(self.batch_size <= len(tasks) // ranks, "batch_size", self.batch_size, limit)
         return ResumableLoader(
             tasks,
             batch_size=self.batch_size,

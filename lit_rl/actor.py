@@ -18,7 +18,7 @@ from torch import nn
 
 from lit_rl import adapters, models, ranks, resume, sharding, ternary
 from lit_rl.adapters import LoRA
-from lit_rl.checks import require
+from lit_rl.checks import require, require_literals
 from lit_rl.evaluated import Evaluated
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.scoring import Scorer
@@ -72,6 +72,7 @@ class Actor(Evaluated):
         require(eval_samples >= 1, "eval_samples", eval_samples, "at least 1")
         objects = {"model": model, "tokenizer": tokenizer, "generator": generator or object()}
         self.save_hyperparameters(ignore=[k for k, v in objects.items() if not isinstance(v, str | None)])
+        require_literals(type(self), self.hparams)
         self.hparams.update(
             {k: asdict(v) for k, v in self.hparams.items() if is_dataclass(v) and not isinstance(v, type)}
         )
@@ -101,6 +102,7 @@ class Actor(Evaluated):
         self.spare = Spare()
         self.name, self.stream = "", 0
         """Where several learn together: what each is called, and which numbers are drawn for it."""
+        self._warned: set[str] = set()
         self.counts: dict[str, float] = {}
         """Events of one training step, such as prompts that are too long."""
         self.seconds: dict[str, float] = {}
@@ -123,10 +125,10 @@ class Actor(Evaluated):
         fit = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= limit]
         if too_long := sum(len(prompt) > limit for prompt in prompts):
             self.count("skipped/prompt_too_long", too_long)
-            rank_zero_warn(
+            self.warn(
+                "skipped/prompt_too_long",
                 f"prompts of more than {limit} tokens are left out: the model's context is {limit + room}, of which the response"
-                f" may take {room}. Lower the tasks' level or sampling.max_new_tokens. Counted as skipped/prompt_too_long; this"
-                " message comes once."
+                f" may take {room}. Lower the tasks' level or sampling.max_new_tokens.",
             )
         return [tasks[i] for i in fit], [prompts[i] for i in fit]
 
@@ -173,20 +175,30 @@ class Actor(Evaluated):
         items = []
         for task, text in zip(tasks, texts, strict=True):
             if task.score is None:
-                raise ValueError(f"the task {task.key()[:80]!r} has no `score`: only SFT can use it")
+                raise ValueError(
+                    f"the task {task.key()[:80]!r} has no `score`, which rewards and evaluation need: give it one. SFT trains"
+                    " without it, when the Trainer's limit_val_batches is 0"
+                )
             items.append((task.score, text))
         with self.clock("score"):
             verdicts = self.scorer(items)
         if failed := [v for v in verdicts if not v.valid]:
             self.count("skipped/verifier_failed", len(failed))
-            rank_zero_warn(
-                f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}"
+            self.warn(
+                "skipped/verifier_failed",
+                f"{len(failed)} responses could not be scored and count nowhere; the first: {failed[0].reason}.",
             )
         return verdicts
 
     def count(self, name: str, value: float = 1.0) -> None:
         """Adds to a count of this training step, which is logged as the sum over ranks."""
         self.counts[name] = self.counts.get(name, 0.0) + value
+
+    def warn(self, count: str, message: str) -> None:
+        """Once for each count: the further messages would differ in their numbers alone."""
+        if count not in self._warned:
+            self._warned.add(count)
+            rank_zero_warn(f"{message} Counted as {count}; this message comes once.")
 
     @contextmanager
     def clock(self, what: str) -> Iterator[None]:
@@ -280,6 +292,8 @@ class Actor(Evaluated):
             checkpoint["state_dict"] = adapters.only_adapters(checkpoint["state_dict"], "model.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:  # Lightning does so when the weights are loaded, and have been rounded
+            self.trainer.precision_plugin.convert_module(self)
         saved = checkpoint.get("lit_rl", {})
         adapters.check(self.adapters, saved.get("adapters"))
         rounded = saved.get("model", {}).get("ternary", {})

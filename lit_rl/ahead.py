@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_rl import sparse_attention, ternary
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion
 
@@ -33,6 +34,8 @@ class Ahead:
         """Takes a copy of the present weights, and begins to sample; the arguments are those of `Actor.generate`."""
         self.policy, self.version = policy, policy.trainer.global_step
         self.model.to(self.device or policy.device)
+        ternary.convert(self.model, ternary.groups(policy.model))  # callbacks may have changed how the policy computes
+        sparse_attention.follow(self.model, policy.model)
         for mine, present in zip(self.model.parameters(), policy.model.parameters(), strict=True):
             mine.copy_(present)
 

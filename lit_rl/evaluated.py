@@ -40,6 +40,10 @@ class Evaluated(L.LightningModule):
         warnings.filterwarnings("ignore", message=message)  # as it should be: every DataModule's tasks are text
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if not isinstance(batch, list) or not all(isinstance(task, Task) for task in batch):
+            raise TypeError(
+                f"a policy works on lists of lit_rl.Task, not on {_describe(batch)}: give the loader collate_fn=list"
+            )
         return batch  # tasks are text
 
     def validation_step(self, batch: list[Task], batch_idx: int) -> None:
@@ -73,3 +77,7 @@ class Evaluated(L.LightningModule):
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.trainer.loggers:
             jsonl.append(self._predictions, outputs)
+
+
+def _describe(batch: Any) -> str:
+    return f"a list of {type(batch[0]).__name__}" if isinstance(batch, list) else f"a {type(batch).__name__}"

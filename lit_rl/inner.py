@@ -110,10 +110,6 @@ class InnerLoop(L.LightningModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, list) or not all(isinstance(task, Task) for task in batch):
-            raise TypeError(
-                f"a policy trains on lists of lit_rl.Task, not on {type(batch).__name__}: give the loader collate_fn=list"
-            )
         for policy in self.policies:
             policy.begin(batch)
         self.prepare(batch)

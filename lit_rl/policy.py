@@ -75,6 +75,8 @@ class Policy(InnerLoop, Actor):
             "microbatch_tokens": microbatch_tokens,
         }.items():
             require(value >= 1, name, value, "at least 1")
+        for name, number in {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
+            require(number >= 0, name, number, "at least 0")
         require(0 < decay_share <= 1, "decay_share", decay_share, "a share above 0 and at most 1")
         self.lr, self.weight_decay = lr, weight_decay
         self.schedule, self.warmup_steps, self.decay_share = schedule, warmup_steps, decay_share

@@ -138,6 +138,12 @@ class ExactResume(L.Callback):
             trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loop = trainer.fit_loop
+        if (
+            loop._combined_loader_states_to_load
+        ):  # a schedule that counts the steps had the loader made before they were known
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
         run.rewind(trainer)
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -152,7 +158,8 @@ class ExactResume(L.Callback):
         self._inner = 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validated = trainer.global_step
+        if not trainer.sanity_checking:
+            self._validated = trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if at := position(trainer, self._validated):

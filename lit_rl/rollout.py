@@ -107,13 +107,13 @@ class Rollout(Policy):
     ) -> None:
         super().__init__(model, **kwargs)
         require(group >= 1, "group", group, "at least 1")
-        require(advantage in ADVANTAGES, "advantage", advantage, f"one of {', '.join(ADVANTAGES)}")
         require(
             cap >= 1, "cap", cap, "at least 1, since it caps the ratio itself: below, it would scale every token down"
         )
         require(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "above 1")
         require(0 <= clip_low <= 1, "clip_low", clip_low, "between 0 and 1")
         require(clip_high >= 0, "clip_high", clip_high, "at least 0")
+        require(kl_coef >= 0, "kl_coef", kl_coef, "at least 0")
         require(tis_cap is None or tis_cap >= 1, "tis_cap", tis_cap, "at least 1")
         require(
             tis_cap is None or old_logps != "sampler",
@@ -281,9 +281,10 @@ class Rollout(Policy):
                 )
                 self.trainer.should_stop = True
             else:
+                lost = "".join(f", {name} {n:g}" for name, n in self.counts.items() if n and "skipped/" in name)
                 raise RuntimeError(
                     f"dynamic sampling found no group with different rewards among {tried} responses, {right} of them right"
-                    f" ({rounds} rounds of {len(tasks)} prompts): the tasks are too hard or too easy for the policy. Change"
+                    f" ({rounds} rounds of {len(tasks)} prompts{lost}): the tasks are too hard or too easy for the policy. Change"
                     " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
                 )
         if chunks is not None:  # a batch takes the oldest

@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, Literal
 
+from lit_rl.checks import require_literals
 from lit_rl.task import Verdict
 
 Item = tuple[Callable[[str], Any], str]
@@ -51,6 +52,7 @@ class Scorer:
     """Children at a time."""
 
     def __post_init__(self) -> None:
+        require_literals(Scorer, vars(self))
         if self.timeout <= 0 or self.memory_mb <= 0 or self.workers < 1:
             raise ValueError(f"scoring needs timeout > 0, memory_mb > 0 and workers >= 1: got {self}")
         if not hasattr(os, "fork"):

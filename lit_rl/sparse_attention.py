@@ -84,6 +84,14 @@ def install(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def follow(copy: Any, model: Any) -> None:
+    """Lets the copy of a model attend this way if the model does by now."""
+    mine, theirs = copy.config.get_text_config(), model.config.get_text_config()
+    if theirs._attn_implementation == NAME:
+        mine.sparse_config = getattr(theirs, "sparse_config", None)
+        install(copy)
+
+
 class Plan:
     """What the layers of one forward share in place of a mask: which keys belong together, and the blocks that each chose."""
 

@@ -18,9 +18,10 @@ from test_policy import Gradients, Letters, trainer, weights
 from test_resume import TOKENIZER, equal
 
 from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, ahead, jsonl
-from lit_rl.callbacks import GarbleFilter, ReferenceRefresh
+from lit_rl.callbacks import GarbleFilter, ReferenceRefresh, SparseAttention, TernaryQAT
 from lit_rl.cli import METHODS
 from lit_rl.generation.native import NativeGenerator
+from lit_rl.kernels.infllm import Settings
 from lit_rl.rollout import Rollout
 from lit_rl.run import RunLogger
 from lit_rl.scoring import Scorer
@@ -364,6 +365,20 @@ def test_one_step_off_is_one_step_off():
     out = replay.generator.generate(prompts_, seeds, SAMPLING)
     got = [x.tokens[row, x.starts[row] : x.lengths[row]].tolist() for row in range(16)]
     assert got == [c.tokens.tolist() for row in out for c in row]
+
+
+BLOCKS = Settings(kernel_size=4, kernel_stride=2, block_size=4, window_size=4, topk=2, dense_len=-1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda: TernaryQAT(group_size=8), lambda: SparseAttention(BLOCKS)], ids=["ternary", "sparse"]
+)
+def test_what_samples_ahead_computes_as_the_policy_does(change):
+    """Of weights that stay the ratio is one, also where a callback has changed what is done with them."""
+    watch = fit(policy(lr=0.0, ahead="thread"), steps=3, callbacks=[change()])
+    ratios, ages = watch.ratios[-1]
+    assert set(ages.tolist()) == {1}
+    assert (ratios - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("way", [dict(chunk=2), dict(ahead="thread")], ids=str)

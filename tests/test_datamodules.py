@@ -65,6 +65,11 @@ def test_bad_settings(settings, message):
         Bootcamp(**settings)
 
 
+def test_fewer_tasks_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match="batch_size is 8: it must be at most 6, since there are 6 tasks for 1 ranks"):
+        trainer().fit(policy(), Bootcamp(THREE, size=6, batch_size=8))
+
+
 def test_the_loader_resumes_where_it_stopped():
     loader = ResumableLoader(list(range(10)), batch_size=3, drop_last=True)
     seen = [batch for _, batch in zip(range(2), loader, strict=False)]

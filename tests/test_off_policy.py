@@ -11,7 +11,7 @@ from test_callbacks import Log
 from test_policy import Gradients, Letters, policy, trainer, weights
 
 from lit_rl import DAPO, RLOO, SFT, DrGRPO, RLCallback, Sampling, Task, Verdict
-from lit_rl.callbacks import ClipCov, Completions, KLCov, MajorityVote, OffPolicyMixing, RolloutStats
+from lit_rl.callbacks import ClipCov, Completions, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing, RolloutStats
 from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
 from lit_rl.report import write_report
@@ -63,6 +63,13 @@ def test_demonstrations_join_their_groups_and_what_does_not_fit_is_counted():
     assert x.group.tolist() == sorted(x.group.tolist())
     counts = {name: module.counts[f"skipped/{name}"] for name in ("no_trace", "wrong_trace", "response_too_long")}
     assert counts == {"no_trace": 1, "wrong_trace": 3, "response_too_long": 2}
+
+
+def test_the_entropy_law_is_of_the_policys_own_rewards_whichever_comes_first():
+    before, after = EntropyLaw(), EntropyLaw()
+    run(None, before, None, OffPolicyMixing())
+    run(None, OffPolicyMixing(), None, after)
+    assert before._points == after._points
 
 
 def test_wrong_ones_and_several():

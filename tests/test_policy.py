@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_rl import GRPO, DrGRPO, RLCallback, Sampling, Task, Verdict
+from lit_rl import GRPO, NFT, DrGRPO, RLCallback, Sampling, Task, Verdict
 from lit_rl.datamodules.base import TaskData
 from lit_rl.experience import build
 from lit_rl.forward import packed_layout, rows_layout
@@ -86,8 +86,9 @@ def test_batches_must_be_tasks():
         def tasks(self, split):
             return [1, 2, 3, 4]
 
-    with pytest.raises(TypeError, match=r"lists of lit_rl\.Task"):
-        trainer().fit(policy(), Numbers())
+    for use in (trainer().fit, trainer(limit_val_batches=1).validate):
+        with pytest.raises(TypeError, match=r"lists of lit_rl\.Task, not on a list of int"):
+            use(policy(), datamodule=Numbers())
 
 
 def test_without_signal_nothing_moves():
@@ -115,12 +116,16 @@ def test_prompts_that_do_not_fit_are_counted():
         def tasks(self, split):
             tasks = super().tasks(split)
             tasks[0].prompt = "x" * 3000
+            tasks[4].prompt = tasks[5].prompt = "x" * 3001
             return tasks
 
     module = policy()
-    with pytest.warns(UserWarning, match="prompts of more than 2042 tokens are left out: the model's context is 2048"):
-        trainer(max_steps=1).fit(module, Long())
-    assert module.counts["skipped/prompt_too_long"] == 1
+    with pytest.warns(
+        UserWarning, match="prompts of more than 2042 tokens are left out: the model's context is 2048"
+    ) as caught:
+        trainer(max_steps=2).fit(module, Long())
+    assert sum("left out" in str(w.message) for w in caught) == 1
+    assert module.counts["skipped/prompt_too_long"] == 2
 
 
 def test_responses_that_no_context_holds_are_refused():
@@ -161,6 +166,8 @@ def test_dynamic_sampling_asks_for_more():
 def test_dynamic_sampling_is_bounded():
     with pytest.raises(RuntimeError, match=r"among 48 responses, 0 of them right \(3 rounds of 4 prompts\)"):
         trainer().fit(policy(DAPO, max_rounds=3), Letters(score=lambda text: 0.0))
+    with pytest.raises(RuntimeError, match=r"\(2 rounds of 4 prompts, skipped/verifier_failed 32\)"):
+        trainer().fit(policy(DAPO, max_rounds=2), Letters(score=lambda text: None))
 
 
 def test_dynamic_sampling_stops_when_nothing_is_left_to_learn():
@@ -208,6 +215,15 @@ def test_overlong_and_masked_truncation():
         (dict(dual_clip=0.5), "dual_clip is 0.5: it must be above 1"),
         (dict(epochs=0), "epochs is 0"),
         (dict(overlong_buffer=4096), "a share between 0 and 1"),
+        (dict(objective="pppo"), "objective is pppo: it must be one of ppo, cispo"),
+        (dict(schedule="cos"), "schedule is cos: it must be one of constant, linear"),
+        (dict(method=NFT, ratio="sequence"), "ratio is sequence: it must be one of token"),
+        (dict(scoring=dict(where="thread")), "where is thread: it must be one of process, inline"),
+        (dict(lr=-1.0), "lr is -1.0: it must be at least 0"),
+        (
+            dict(sampling=Sampling(4096)),
+            "sampling.max_new_tokens is 4096: it must be below the model's context of 2048",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

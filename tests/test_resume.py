@@ -277,6 +277,26 @@ def test_a_run_that_has_ended_goes_on(stop):
     assert same(fit(policy(GRPO, seed=1), "ended", ckpt_path=file), straight)
 
 
+EPOCHS = dict(max_steps=-1, max_epochs=2)
+ALSO = {
+    "a sanity check before a validation": (
+        2,
+        dict(),
+        EPOCHS | dict(val_check_interval=3, check_val_every_n_epoch=None),
+    ),
+    "a schedule over epochs": (3, dict(schedule="linear"), EPOCHS),
+    "float64": (2, dict(), dict(precision="64-true")),
+}
+
+
+@pytest.mark.parametrize("what", ALSO)
+def test_it_also_resumes_with(what):
+    step, inner, settings = ALSO[what]
+    saves = Saves({"batch_end"})
+    straight = fit(policy(GRPO, **inner), "straight", adaptive=False, callbacks=[saves], **settings)
+    assert same(resumed(GRPO, saves.files[step, "batch_end"], inner, adaptive=False, **settings), straight)
+
+
 class Fails(RLCallback):
     """At a moment of the third step, or in a hook's n-th call in it."""
 

@@ -68,6 +68,8 @@ class RLCCF(Group):
         given = model if isinstance(model, list) else (names * members)[:members]
         alone = "null: each needs one of its own, which policies given as `model` may have"
         require(len(given) == 1 or kwargs.get("generator") is None, "generator", "one for several members", alone)
+        limit = "null: all members answer at the same time"
+        require(not kwargs.keys() & {"chunk", "ahead"}, "chunk or ahead", "set", limit)
         rates = lr if isinstance(lr, list) else [lr] * len(given)
         require(len(rates) == len(given), "lr", lr, f"a number, or one for each of {len(given)} members")
         made = [
@@ -75,9 +77,8 @@ class RLCCF(Group):
             for x, rate in zip(given, rates, strict=True)
         ]
         for member in made:
-            limit = "false: all members answer the same prompts"
-            require(not member.dynamic_sampling, "dynamic_sampling", True, limit)
-            limit = "null: all members answer at the same time"
+            same = "false: all members answer the same prompts"
+            require(not member.dynamic_sampling, "dynamic_sampling", True, same)
             require(member.chunks is None, "chunk or ahead", "set", limit)
         super().__init__(made, devices)
         self.self_consistency, self.agreement = self_consistency, Evaluation()
