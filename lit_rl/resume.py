@@ -139,9 +139,8 @@ class ExactResume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loop = trainer.fit_loop
-        if (
-            loop._combined_loader_states_to_load
-        ):  # a schedule that counts the steps had the loader made before they were known
+        if loop._combined_loader_states_to_load:
+            # A schedule that counts the steps had the loader made before these were known.
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)  # type: ignore[arg-type]
         run.rewind(trainer)

@@ -389,10 +389,8 @@ class Rollout(Policy):
     def exact_sampler(self) -> bool:
         """Whether the sampler's log-probabilities are those of the training forward, up to float32 rounding."""
         single = self.trainer.precision == "32-true" and next(self.model.parameters()).dtype == torch.float32
-        single = (
-            single and torch.get_float32_matmul_precision() == "highest"
-        )  # else a GPU's products are rounded to TF32
-        return single and getattr(self.generator, "exact", False)
+        whole = torch.get_float32_matmul_precision() == "highest"  # else a GPU's products are rounded to TF32
+        return single and whole and getattr(self.generator, "exact", False)
 
     # ---------------------------------------------------------------- experience to loss
 
