@@ -56,7 +56,7 @@ class Actor(Evaluated):
         model: str | nn.Module = "tiny",
         *,
         tokenizer: str | Any | None = None,
-        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        dtype: Literal["float32", "float64", "bfloat16", "float16", "auto"] = "float32",
         attn_implementation: str | None = None,
         lora: LoRA | None = None,
         chat: Literal["auto", "always", "never"] = "auto",

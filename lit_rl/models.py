@@ -39,7 +39,7 @@ EXPECTED = (
 def load(
     name: str,
     tokenizer: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    dtype: Literal["float32", "float64", "bfloat16", "float16", "auto"] = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
