@@ -28,11 +28,8 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         run_cli(argv)
-    except (
-        FileExistsError,
-        PermissionError,
-        MisconfigurationException,
-    ) as error:  # the run's folder, the Trainer's flags
+    except (FileExistsError, PermissionError, MisconfigurationException) as error:
+        # The run's folder, the Trainer's flags.
         sys.exit(f"lit-rl: {error}")
 
 

@@ -99,10 +99,11 @@ def test_strided_inputs():
 def test_only_the_gradient_that_is_needed(needed, monkeypatch):
     case = example(17, 37, 19)
     case[1 - needed].requires_grad_(False)
-    added, add = [], logprob_triton._add_product
+    added, add, written, mm = [], logprob_triton._add_product, [], torch.mm
     monkeypatch.setattr(logprob_triton, "_add_product", lambda *a: (added.append(a), add(*a)))
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (written.append("out" in k), mm(*a, **k))[1])
     got = outcome(logprob_triton.linear_logprob, *case)
-    assert bool(added) == (needed == 0)  # to the gradient of hidden
+    assert (bool(added), any(written)) == (needed == 0, needed == 1)  # to the gradients of hidden and of weight
     assert_same(got, outcome(logprob.naive_linear_logprob, *doubled(*case)), 1e-5)
 
 
