@@ -38,7 +38,7 @@ SMOOTH_FROM, DRAWN, TOOLTIPS = 30, 600, 60
 
 
 def to_curves(rows: Iterable[dict[str, Any]]) -> dict[str, Points]:
-    """A curve a name. Steps must advance: what a later `validate` logs at step 0 is not part of the training."""
+    """A curve a name. Steps must advance: what a later `validate` logs is not part of the training."""
     curves: dict[str, Points] = {}
     for row in rows:
         step = number(row.get("step"))

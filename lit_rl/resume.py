@@ -125,13 +125,18 @@ def of_this_rank(trainer: L.Trainer, states: list[dict[str, Any]]) -> dict[str, 
 
 
 class ExactResume(L.Callback):
-    """What a policy adds to the Trainer's callbacks. It comes after all others but those that save checkpoints."""
+    """What a policy adds to the Trainer's callbacks. It comes after all others but those that save checkpoints.
+
+    While a checkpoint is evaluated the Trainer stands at its step, too, and what is recorded is of that.
+    """
 
     def __init__(self) -> None:
         self._inner = 0
         """Optimizer steps begun in this Trainer step."""
         self._validated = -1
         """The step of the latest validation."""
+        self._before: tuple[int, int, int] | None = None
+        """Where the Trainer stood before it evaluated a checkpoint."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has named no other
@@ -165,7 +170,11 @@ class ExactResume(L.Callback):
             checkpoint[STATE] = at | {"inner": self._inner if at["interrupted"] else 0}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit" or not (at := checkpoint.get(STATE)):
+        if trainer.state.fn != "fit":  # Lightning leaves the Trainer where it was
+            step, epoch = checkpoint["global_step"], checkpoint["epoch"]
+            self._before = stand(trainer, step, max(0, step - 1), epoch)  # logged as the validation after that step
+            return
+        if not (at := checkpoint.get(STATE)):
             return
         if at["inner"]:
             rank_zero_warn(
@@ -173,6 +182,22 @@ class ExactResume(L.Callback):
                 " on, but not exactly as it would have. For that, give --ckpt_path one that was saved after a step."
             )
         restore(checkpoint["loops"]["fit_loop"], at, trainer)
+
+    def teardown(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._before is not None:
+            stand(trainer, *self._before)
+            self._before = None
+
+    on_exception = teardown
+
+
+def stand(trainer: L.Trainer, step: int, logged: int, epoch: int) -> tuple[int, int, int]:
+    """Has the Trainer count so many steps and epochs, and log at step `logged`. Returns what it was before."""
+    loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+    before = steps.completed, loop._batches_that_stepped, epochs.completed
+    steps.completed, loop._batches_that_stepped, epochs.completed = step, logged, epoch
+    return before
 
 
 def position(trainer: L.Trainer, validated: int) -> dict[str, Any] | None:

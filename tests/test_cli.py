@@ -98,6 +98,37 @@ def test_resume_validate_export_and_report(capsys):
     assert "<svg" in Path("straight/report.html").read_text()
 
 
+def test_a_checkpoint_is_evaluated_at_its_step(capsys):
+    """As a validation of the fit after that step: with its epoch, too. A run that goes on keeps the record."""
+    args = ("--config", "grpo", "--config", "tiny", "--trainer.val_check_interval", 2, "--run", "r")
+    args += ("--trainer.limit_train_batches", 2, "--trainer.callbacks.every_n_train_steps", 2)
+    args += ("--trainer.callbacks.save_top_k", -1)
+    fit(capsys, *args, "--trainer.max_steps", 4)
+    for command in ("validate", "test"):
+        for saved in ("r/checkpoints/epoch=0-step=2.ckpt", "last"):
+            csv = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", f"{command}-{Path(saved).stem}")
+            code, text = run(capsys, command, *args, *csv, "--ckpt_path", saved)
+            assert code == 0, text
+
+    def at(stage):
+        rows = [r for r in jsonl.read(Path("r/metrics.jsonl")) if f"{stage}/pass@1" in r]
+        return [(r["step"], r["epoch"], r[f"{stage}/pass@1"]) for r in rows]
+
+    val, test = at("val"), at("test")
+    assert [one[:2] for one in val] == [(1, 0), (3, 1)] * 2
+    assert [one[:2] for one in test] == [(1, 0), (3, 1)]
+    assert val[:2] == val[2:]
+    evaluations = [(e["stage"], e["step"]) for e in jsonl.read(Path("r/evaluations.jsonl"))]
+    assert evaluations == [("val", 2), ("val", 4)] * 2 + [("test", 2), ("test", 4)]
+    for path in Path().rglob("metrics.csv"):
+        names, values = (line.split(",") for line in path.read_text().splitlines())
+        assert values[names.index("step")] == ("3" if "last" in str(path) else "1")
+    run(capsys, "report", "r")
+    assert "pass@1, step 2" in Path("r/report.html").read_text()
+    fit(capsys, *args, "--trainer.max_steps", 5, "--ckpt_path", "last")
+    assert at("test") == test
+
+
 def test_a_folder_that_holds_a_run_is_refused(capsys):
     args = ("--config", "grpo", "--config", "tiny", "--trainer.max_steps", 1, "--run", "r")
     fit(capsys, *args)

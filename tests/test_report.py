@@ -129,9 +129,10 @@ def test_values_that_are_not_finite_break_the_line(run: Path) -> None:
     assert not re.search("nan|inf[^i]", chart(text, "Reward") + chart(text, "Loss"))
 
 
-def test_a_later_validation_at_step_0_is_no_part_of_the_curve(run: Path) -> None:
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_later_validation_is_no_part_of_the_curve(step: int, run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 0, "val/pass@1": 0.9, "test/pass@1": 0.9}\n{"step": 11, "rew')
+        file.write(f'{{"step": {step}, "val/pass@1": 0.9, "test/pass@1": 0.9}}\n{{"step": 11, "rew')
     figure = chart(page(run), "Validation")
     assert [len(line) for line in drawn(figure)] == [2, 2]
     assert "pass@1, last 0.3<" in figure

@@ -3,6 +3,7 @@
 import csv
 import math
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -350,6 +351,36 @@ def test_validation_and_the_sanity_check_leave_no_trace_in_training(method):
     ]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+class Asks(L.Callback):
+    """Where the Trainer stands in a test, which may then fail."""
+
+    def on_test_start(self, trainer, module):
+        self.seen = trainer.global_step, trainer.current_epoch
+
+    def on_test_end(self, trainer, module):
+        if self.fails:
+            raise RuntimeError("as asked")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", [GRPO, RLCCF])
+def test_the_trainer_stands_at_the_step_of_a_checkpoint_while_it_is_evaluated(method, fails):
+    asks = Asks()
+    asks.fails = fails
+    flags = saver(every_n_train_steps=1)
+    flags["callbacks"].append(asks)
+    run, module, _ = fit(policy(method), max_steps=4, limit_train_batches=2, enable_checkpointing=True, **flags)
+    for other in (run, trainer(max_steps=1, callbacks=[asks])):  # it goes on from where it was itself
+        stood = other.global_step, other.current_epoch
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            other.test(module, Letters(n=16), ckpt_path="saved/step=3.ckpt", verbose=False)
+        assert asks.seen == (3, 1)
+        assert (other.global_step, other.current_epoch) == stood
+    assert stood == (0, 0)
+    other.fit(module, Letters(n=16))
+    assert other.global_step == 1
 
 
 # ---------------------------------------------------------------- trials

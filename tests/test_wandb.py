@@ -152,6 +152,7 @@ def test_a_resumed_run_goes_on_under_its_id(capsys):
     first, second, validation = runs("r")
     assert first.id == second.id != validation.id
     assert validation.name == "r-validate"
+    assert {s for s, _ in validation.numbers()} == {5}, "of the step that the checkpoint is of, the sixth"
     assert yaml.safe_load(Path("r/config.yaml").read_text())["trainer"]["logger"]["init_args"]["id"] is None
 
     assert not first.numbers().keys() & second.numbers().keys()
