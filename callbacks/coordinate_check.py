@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rl import sharding
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.hooks import RLCallback
 
 TOKENS = 32
@@ -46,7 +46,7 @@ class CoordinateCheck(RLCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not hasattr(pl_module, "model"):
-            raise TypeError(f"CoordinateCheck needs a policy of lit-rl, not {type(pl_module).__name__}")
+            raise ConfigurationError(f"CoordinateCheck needs a policy of lit-rl, not {type(pl_module).__name__}")
         if trainer.global_step == 0:
             self._before = {name: value.float().cpu() for name, value in self._look(pl_module).items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_rl import objectives, ranks
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
 from lit_rl.rollout import Rollout
@@ -61,7 +61,7 @@ class Covariance(RLCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(pl_module, Rollout):
-            raise TypeError(
+            raise ConfigurationError(
                 f"{type(self).__name__} needs advantages, so a method that is a Rollout, not {type(pl_module).__name__}"
             )
 

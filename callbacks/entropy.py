@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rl import adapters
+from lit_rl.checks import ConfigurationError
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
 from lit_rl.policy import Policy
@@ -46,7 +47,7 @@ class EntropyMonitor(RLCallback):
 
         found = [m for m in pl_module.modules() if is_language_model(m)]
         if not found:
-            raise ValueError(
+            raise ConfigurationError(
                 f"EntropyMonitor found no Hugging Face causal language model in {type(pl_module).__name__}"
             )
         inner = {part for model in found for part in model.modules() if part is not model}
@@ -68,7 +69,7 @@ class EntropyMonitor(RLCallback):
             return  # generation, a reference model, validation
         logits = getattr(output, "logits", None)
         if logits is None:
-            raise ValueError(
+            raise ConfigurationError(
                 "EntropyMonitor needs logits, and this model's fused loss returns none: turn the fused loss off"
             )
         labels = kwargs.get("labels")

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl import objectives, ranks
 from lit_rl.advantage import ADVANTAGES, group_mean
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
 from lit_rl.rollout import Rollout
@@ -71,7 +71,9 @@ class OffPolicyMixing(RLCallback):
         if stage != "fit":
             return
         if not isinstance(pl_module, Rollout):
-            raise TypeError(f"OffPolicyMixing needs a policy that samples responses, not {type(pl_module).__name__}")
+            raise ConfigurationError(
+                f"OffPolicyMixing needs a policy that samples responses, not {type(pl_module).__name__}"
+            )
         if self.traces is not None:
             self._known = read_traces(Path(self.traces))
 
@@ -139,7 +141,7 @@ class OffPolicyMixing(RLCallback):
 
 
 def read_traces(path: Path) -> dict[str, list[str]]:
-    """Demonstrations by the task's id and by its prompt; ValueError names the record that is not one."""
+    """Demonstrations by the task's id and by its prompt; ConfigurationError names the record that is not one."""
     traces: dict[str, list[str]] = defaultdict(list)
     for number, record in enumerate(_records(path), 1):
         try:
@@ -148,12 +150,14 @@ def read_traces(path: Path) -> dict[str, list[str]]:
             names = record.get("task"), Task(record["prompt"]).text() if record.get("prompt") else None
             keys = [name for name in dict.fromkeys(names) if name]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
+            raise ConfigurationError(
                 f"record {number} of {path} is no demonstration ({type(error).__name__}: {error}): it needs a `response`, text"
                 " or messages, and a `task` (its id) or a `prompt`"
             ) from error
         if not keys:
-            raise ValueError(f"record {number} of {path} has neither a `task` nor a `prompt`: whose response is it?")
+            raise ConfigurationError(
+                f"record {number} of {path} has neither a `task` nor a `prompt`: whose response is it?"
+            )
         for key in keys:
             traces[key].append(text)
     require(bool(traces), "traces", path, "a file with demonstrations: this one is empty")
@@ -168,11 +172,13 @@ def _records(path: Path) -> Iterator[Any]:
                     try:
                         yield json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+                        raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
         return
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"to read {path}, install pyarrow, or give the demonstrations as JSON lines") from error
+        raise ConfigurationError(
+            f"to read {path}, install pyarrow, or give the demonstrations as JSON lines"
+        ) from error
     for batch in ParquetFile(path).iter_batches():
         yield from batch.to_pylist()

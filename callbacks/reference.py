@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as L
 import torch
 
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.hooks import RLCallback
 
 
@@ -22,19 +22,22 @@ class ReferenceRefresh(RLCallback):
         every: Steps.
     """
 
-    refuses: ClassVar[dict[str, str]] = {"SFT": "it has no reference policy"}
+    refuses: ClassVar[dict[str, str]] = {
+        "SFT": "it has no reference policy",
+        "lora": "with adapters the reference is the frozen base model. Leave one out",
+    }
+    needs: ClassVar[dict[str, str]] = {"kl_coef": "at 0 there is no reference policy. Raise it, or leave this out"}
 
     def __init__(self, every: int = 50) -> None:
         require(every >= 1, "every", every, "at least 1")
         self.every = every
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or getattr(pl_module, "reference", None) is not None:
-            return
-        if not hasattr(pl_module, "reference"):
-            raise TypeError(f"ReferenceRefresh needs a policy with a reference, not {type(pl_module).__name__}")
-        why = "kl_coef is 0" if not getattr(pl_module, "kl_coef", 0) else "with adapters it is the frozen base model"
-        raise ValueError(f"ReferenceRefresh has no reference to refresh: {why}. Leave it out, or change that")
+        if stage == "fit" and getattr(pl_module, "reference", None) is None:
+            raise ConfigurationError(
+                f"ReferenceRefresh needs a policy with a reference of its own, and this {type(pl_module).__name__} has none:"
+                " kl_coef must be above 0, and all weights trained"
+            )
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from lit_rl import ranks
+from lit_rl.checks import ConfigurationError
 from lit_rl.hooks import RLCallback
 from lit_rl.laws import LOSS, Sigmoid, scaling_points, sigmoid_fit
 from lit_rl.policy import Policy
@@ -33,7 +34,7 @@ class ScalingBench(RLCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Policy):
-            raise TypeError(f"ScalingBench needs a policy of lit-rl, not {type(pl_module).__name__}")
+            raise ConfigurationError(f"ScalingBench needs a policy of lit-rl, not {type(pl_module).__name__}")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._loss, self._tokens = 0.0, 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_rl import adapters, ops, ranks, sparse_attention
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.hooks import RLCallback
 from lit_rl.kernels.infllm import Sequences, Settings
 
@@ -63,7 +63,7 @@ class SparseAttention(RLCallback):
         found = [adapters.inner(m) for m in pl_module.modules()]
         models = {m for m in found if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None}
         if not models:
-            raise ValueError(
+            raise ConfigurationError(
                 f"SparseAttention found no Hugging Face causal language model in {type(pl_module).__name__}"
             )
         fitting = trainer.state.fn == "fit"

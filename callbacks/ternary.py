@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_rl import ops, ternary
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 
 
 class TernaryQAT(L.Callback):
@@ -41,7 +41,9 @@ class TernaryQAT(L.Callback):
 
     trains_ternary = True
     refuses: ClassVar[dict[str, str]] = {
-        "ReferenceRefresh": "it would copy the weights under the rounding into a reference that does not round"
+        "ReferenceRefresh": "it would copy the weights under the rounding into a reference that does not round",
+        "lora": "the weights that it trains are frozen under adapters. Leave one out, or export the adapters first (which merges"
+        " them) and give the folder as model",
     }
 
     def __init__(
@@ -166,7 +168,7 @@ class TernaryQAT(L.Callback):
         """What was ternary is so again, before any batch."""
         theirs = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("groups", {})
         if theirs and trainer.state.fn == "fit" and theirs != self._chosen:
-            raise ValueError(
+            raise ConfigurationError(
                 f"the checkpoint has {_describe(theirs)}, and this TernaryQAT makes {_describe(self._chosen)}: give it the"
                 " modules and the group_size of the checkpoint"
             )

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl import ranks
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.experience import Experience
 from lit_rl.hooks import RLCallback
 from lit_rl.rollout import Rollout
@@ -61,11 +61,13 @@ class MajorityVote(RLCallback):
         if stage != "fit":
             return
         if not isinstance(pl_module, Rollout):
-            raise TypeError(f"MajorityVote needs a policy that samples responses, not {type(pl_module).__name__}")
+            raise ConfigurationError(
+                f"MajorityVote needs a policy that samples responses, not {type(pl_module).__name__}"
+            )
         limit = "at least 2 with dynamic_sampling: one reward never differs"
         require(self.samples > 1 or not pl_module.dynamic_sampling, "samples", self.samples, limit)
         if getattr(getattr(trainer, "datamodule", None), "adaptive", False):
-            raise ValueError(
+            raise ConfigurationError(
                 "adaptive is True: it must be False, since it raises levels by labels, which a vote replaces"
             )
 

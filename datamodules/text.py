@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lit_rl import models
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.task import Task
 
 from .base import TaskData
@@ -68,7 +68,7 @@ class Text(TaskData):
     def _policy(self) -> Any:
         policy = getattr(self.trainer, "lightning_module", None)
         if not getattr(policy, "reads_tokens", False):
-            raise TypeError(f"Text yields tokens, which Pretrain learns, and not {type(policy).__name__}")
+            raise ConfigurationError(f"Text yields tokens, which Pretrain learns, and not {type(policy).__name__}")
         return policy
 
     def _folder(self) -> Path:
@@ -136,7 +136,7 @@ class Text(TaskData):
         ranks = self.trainer.world_size if self.trainer else 1
         fewest = self.batch_size * ranks if split == "train" else 1
         if len(windows) < fewest:
-            raise ValueError(
+            raise ConfigurationError(
                 f"the text has {self.about[split]['tokens']} tokens in {self.about[split]['documents']} documents for {split},"
                 f" which are {len(windows)} windows of {self.length}: {fewest} are needed. Give more text, a shorter length, a"
                 " smaller batch_size, or, where documents are few, a `separator` and a larger `held_out`"
@@ -162,7 +162,7 @@ class _Windows:
 def _files(pattern: str) -> list[Path]:
     found = sorted(Path(name) for name in glob(os.path.expanduser(pattern), recursive=True) if Path(name).is_file())
     if not found:
-        raise ValueError(f"files has {pattern!r}: there is no such file")
+        raise ConfigurationError(f"files has {pattern!r}: there is no such file")
     return found
 
 
@@ -177,15 +177,15 @@ def _documents(path: Path, separator: str | None) -> Iterator[str]:
                 if line.strip():
                     yield _text_of(path, number, line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+        raise ConfigurationError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def _text_of(path: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+        raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'line {number} of {path} has no "text"')
+        raise ConfigurationError(f'line {number} of {path} has no "text"')
     return text

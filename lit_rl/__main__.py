@@ -26,10 +26,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"lit-rl: {error}")
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from lit_rl.checks import ConfigurationError
+
     try:
         run_cli(argv)
-    except (FileExistsError, PermissionError, MisconfigurationException) as error:
-        # The run's folder, the Trainer's flags.
+    except (FileExistsError, PermissionError, MisconfigurationException, ConfigurationError) as error:
+        # The run's folder, the Trainer's flags, what does not go together.
         sys.exit(f"lit-rl: {error}")
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl import ternary
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 
 ADAPTER = "default"
 """peft's name for a model's first adapter."""
@@ -181,19 +181,23 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def check(mine: dict[str, Any] | None, theirs: dict[str, Any] | None) -> None:
-    """Raises ValueError unless the adapters of a checkpoint belong to those of this policy."""
+    """Raises ConfigurationError unless the adapters of a checkpoint belong to those of this policy."""
     if mine is not None and theirs is None:
-        raise ValueError(
+        raise ConfigurationError(
             "the checkpoint holds no adapters, and this policy has some: `lit-rl export` it, and give the folder as model"
         )
     if theirs is not None and mine is None:
-        raise ValueError(f"the checkpoint holds adapters alone: give this policy the same lora, {theirs['lora']}")
+        raise ConfigurationError(
+            f"the checkpoint holds adapters alone: give this policy the same lora, {theirs['lora']}"
+        )
     if mine is None or theirs is None:
         return
     if mine["lora"] != theirs["lora"]:
-        raise ValueError(f"the checkpoint's adapters are {theirs['lora']}, and this policy's are {mine['lora']}")
+        raise ConfigurationError(
+            f"the checkpoint's adapters are {theirs['lora']}, and this policy's are {mine['lora']}"
+        )
     if mine["fingerprint"] != theirs["fingerprint"]:
-        raise ValueError(
+        raise ConfigurationError(
             f"the checkpoint's adapters belong to other frozen weights ({theirs['base'] or 'of a module'}) than these"
             f" ({mine['base'] or 'of a module'}): load those (dtype {theirs['dtype']}). 'tiny' follows torch's seed."
         )

@@ -1,4 +1,4 @@
-"""Checks of settings."""
+"""Checks of settings, and the error that says what to change in them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
+class ConfigurationError(ValueError):
+    """What was asked for cannot be, or does not go together. The message is for whoever asked, and the command line shows
+    nothing else."""
+
+
 def require(fine: bool, name: str, value: Any, limit: str) -> None:
-    """Raises ValueError that names the setting, its value and the limit, unless fine."""
+    """Raises ConfigurationError that names the setting, its value and the limit, unless fine."""
     if not fine:
-        raise ValueError(f"{name} is {value}: it must be {limit}")
+        raise ConfigurationError(f"{name} is {value}: it must be {limit}")
 
 
 def require_literals(kind: type, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for what a constructor is given for a Literal of its own and is none of it, as the command line does."""
+    """Raises ConfigurationError for what a constructor is given for a Literal of its own and is none of it, as the command line
+    does."""
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         with suppress(NameError):  # a user's own, whose annotations name what is imported for type checking alone

@@ -156,10 +156,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             given = config.trainer.callbacks or []
             kinds = [locate(one.class_path) for one in (given if isinstance(given, list) else [given])]
-            try:
-                hooks.refuse(locate(config.model.class_path), [kind for kind in kinds if isinstance(kind, type)])
-            except ValueError as error:  # before a large model is loaded
-                sys.exit(f"lit-rl: {error}")
+            classes = [kind for kind in kinds if isinstance(kind, type)]
+            settings = vars(config.model.get("init_args") or jsonargparse.Namespace())
+            hooks.refuse(locate(config.model.class_path), classes, settings)  # before a large model is loaded
         if not (config.trainer.fast_dev_run or config.trainer.barebones or config.trainer.logger is False):
             if config.run is None and config.trainer.num_nodes > 1:
                 sys.exit(

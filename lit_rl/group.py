@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_rl import ranks, resume, sharding
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.evaluated import Evaluated
 from lit_rl.hooks import HOOKS
 from lit_rl.inner import InnerLoop, Part, weights
@@ -134,7 +134,9 @@ class Group(InnerLoop, Evaluated):
     def setup(self, stage: str) -> None:
         kind, strategy = type(self).__name__, self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            raise ValueError(f"{kind} cannot shard its members ({type(strategy).__name__}): set the strategy to ddp")
+            raise ConfigurationError(
+                f"{kind} cannot shard its members ({type(strategy).__name__}): set the strategy to ddp"
+            )
         for member in self.members:
             sharding.refuse_unsupported(strategy, member.model, member.adapters is not None)
         alone = self.devices is None or self.trainer.world_size == 1

@@ -5,10 +5,12 @@ Lightning's own callback dispatch cannot carry them: it demands the hook of ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as L
+
+from lit_rl.checks import ConfigurationError
 
 if TYPE_CHECKING:
     from lit_rl.experience import Experience, Terms
@@ -20,7 +22,10 @@ class RLCallback(L.Callback):
     """A callback with hooks into reinforcement learning. Any object with a method of these names is called as well."""
 
     refuses: ClassVar[dict[str, str]] = {}
-    """Methods and other callbacks that it does not work with, by the name of their class or of a base, and why."""
+    """What it does not work with, and why: methods and other callbacks, by the name of their class or of a base, and settings
+    of a method."""
+    needs: ClassVar[dict[str, str]] = {}
+    """Settings of a method that must not be off, and why."""
     needs_all_rows: bool = False
     """True when `on_loss` gives gradient to rows without advantage, which otherwise never reach the model."""
 
@@ -52,13 +57,16 @@ def call(trainer: L.Trainer, hook: str, *args: Any, module: L.LightningModule | 
             method(trainer, module or trainer.lightning_module, *args)
 
 
-def refuse(module: Any, callbacks: Sequence[type]) -> None:
-    """Raises ValueError when one of the callbacks does not work with the module, or beside another one. All are classes, but
-    that of a module made by a function may not be known yet: nothing is said of that."""
+def refuse(module: Any, callbacks: Sequence[type], settings: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError when one of the callbacks does not work with the module or its settings, or beside another
+    one. All are classes, but that of a module made by a function may not be known yet: nothing is said of that."""
+    kinds = [kind for kind in (module, *callbacks) if isinstance(kind, type)]
+    names = {kind.__name__: [base.__name__ for base in kind.__mro__] for kind in kinds}
+    names |= {name: [name] for name, value in settings.items() if value}
     for callback in callbacks:
-        reasons = getattr(callback, "refuses", {})
-        for other in (module, *callbacks):
-            if name := next(
-                (base.__name__ for base in getattr(other, "__mro__", ()) if base.__name__ in reasons), None
-            ):
-                raise ValueError(f"{callback.__name__} does not work with {other.__name__}: {reasons[name]}")
+        refuses, needs = getattr(callback, "refuses", {}), getattr(callback, "needs", {})
+        for other, bases in names.items():
+            if name := next((base for base in bases if base in refuses), None):
+                raise ConfigurationError(f"{callback.__name__} does not work with {other}: {refuses[name]}")
+        if name := next((name for name in needs if not settings.get(name, True)), None):
+            raise ConfigurationError(f"{callback.__name__} needs {name}: {needs[name]}")

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rl import hooks, run, schedules
+from lit_rl.checks import ConfigurationError
 from lit_rl.experience import Experience
 from lit_rl.resume import ExactResume
 from lit_rl.schedules import Schedule
@@ -72,11 +73,14 @@ class InnerLoop(L.LightningModule):
         for callback in self.trainer.callbacks if stage == "fit" else []:  # type: ignore[attr-defined]
             for kind, why in self.refused.items():
                 if isinstance(callback, kind):
-                    raise ValueError(f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}")
+                    raise ConfigurationError(
+                        f"the callback {kind.__name__} does not work with {type(self).__name__}: {why}"
+                    )
 
     def configure_callbacks(self) -> list[L.Callback]:
         if self.trainer.state.fn == "fit":
-            hooks.refuse(type(self), [type(one) for one in self.trainer.callbacks])  # type: ignore[attr-defined]
+            kinds = [type(one) for one in self.trainer.callbacks]  # type: ignore[attr-defined]
+            hooks.refuse(type(self), kinds, self.hparams)
         return [self.stopping, ExactResume()]
 
     def on_fit_start(self) -> None:
@@ -91,7 +95,7 @@ class InnerLoop(L.LightningModule):
         """Refuses weights in which AdamW cannot compute, and warns of such as its steps would leave as they are."""
         half = [p.detach() for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
         if any(p.dtype == torch.float16 for p in half):
-            raise ValueError(
+            raise ConfigurationError(
                 "the weights to train are float16, in which AdamW's eps is zero: leave model.dtype at float32 and set the"
                 " Trainer's precision to 16-mixed or bf16-mixed"
             )

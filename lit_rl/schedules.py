@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 
 Shape = Literal["exponential", "linear", "cosine", "1-sqrt"]
 SHAPES: dict[str, Callable[[float, float], float]] = {  # of the decay: (share of it that is done, floor) -> factor
@@ -97,7 +97,7 @@ def make(schedule: Schedule, optimizer: Optimizer, total: Callable[[], float], w
     share = {"constant": 0.0, "linear": 1.0, "cosine": 1.0, "wsd": decay}[schedule]
     steps = total() if share else math.inf
     if share and math.isinf(steps):
-        raise ValueError(f"schedule {schedule!r} needs an end: set the Trainer's max_steps or max_epochs")
+        raise ConfigurationError(f"schedule {schedule!r} needs an end: set the Trainer's max_steps or max_epochs")
     if schedule in ("linear", "cosine"):
         return WSD(optimizer, steps, warmup, share, "linear" if schedule == "linear" else "cosine", floor=0.0)
     return WSD(optimizer, steps, warmup, share)

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lit_rl.checks import ConfigurationError
+
 T = TypeVar("T")
 
 
@@ -46,24 +48,30 @@ StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2: weights, gradients
 
 
 def refuse_unsupported(strategy: Strategy, model: nn.Module, adapters: bool) -> None:
-    """Raises ValueError for a strategy under which this model cannot run."""
+    """Raises ConfigurationError for a strategy under which this model cannot run."""
     name = type(strategy).__name__
     if name.startswith(("FSDPS", "DeepSpeed")):
-        raise ValueError(
+        raise ConfigurationError(
             f"{name} is not supported: set the Trainer's strategy to fsdp2, which shards as much, or to ddp"
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return
     if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
-        raise ValueError(
+        raise ConfigurationError(
             f"tensor_parallel_size is {size}: it must be 1, since each rank samples by itself. The strategy fsdp2 is that."
         )
     if getattr(model, "is_loaded_in_4bit", False):
-        raise ValueError("weights in 4 bits cannot be sharded, and are small: set the Trainer's strategy to ddp")
+        raise ConfigurationError(
+            "weights in 4 bits cannot be sharded, and are small: set the Trainer's strategy to ddp"
+        )
     if adapters and strategy._save_distributed_checkpoint:
-        raise ValueError("adapters are saved in one file: set the strategy's save_distributed_checkpoint to false")
+        raise ConfigurationError(
+            "adapters are saved in one file: set the strategy's save_distributed_checkpoint to false"
+        )
     if not hasattr(FSDPModule, "set_reshard_after_forward"):
-        raise ValueError(f"fsdp2 needs a newer torch than {torch.__version__}: pip install --upgrade torch, or use ddp")
+        raise ConfigurationError(
+            f"fsdp2 needs a newer torch than {torch.__version__}: pip install --upgrade torch, or use ddp"
+        )
 
 
 def shard(model: nn.Module, mesh: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lit_rl import ops
+from lit_rl.checks import ConfigurationError
 from lit_rl.kernels.infllm import Sequences, Settings
 from lit_rl.kernels.infllm_torch import pool
 
@@ -47,11 +48,11 @@ def settings_of(config: Any) -> Settings:
 def _settings(items: tuple[tuple[str, Any], ...]) -> Settings:
     given = dict(items)
     if given.pop("use_nope", False):
-        raise ValueError(
+        raise ConfigurationError(
             "sparse_config.use_nope is True: scores of keys without positions are not supported, set it to False"
         )
     if unknown := set(given) - set(NAMES):
-        raise ValueError(f"sparse_config has {sorted(unknown)}: it may have {NAMES} and use_nope")
+        raise ConfigurationError(f"sparse_config has {sorted(unknown)}: it may have {NAMES} and use_nope")
     return Settings(**given)
 
 
@@ -62,17 +63,17 @@ def covered(model: Any) -> float:
 
 
 def check(model: Any) -> None:
-    """Raises ValueError for a model whose attention this is no replacement of."""
+    """Raises ConfigurationError for a model whose attention this is no replacement of."""
     name, config = type(model).__name__, model.config.get_text_config()
     settings_of(config)
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        raise ValueError(
+        raise ConfigurationError(
             f"{name} does not take its attention from transformers' AttentionInterface: {NAME} cannot replace it"
         )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds != {"full_attention"} or window:
-        raise ValueError(
+        raise ConfigurationError(
             f"{name} has layers of {sorted(kinds)} and a window of {window}: {NAME} replaces full attention only"
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_rl import ops
-from lit_rl.checks import require
+from lit_rl.checks import ConfigurationError, require
 from lit_rl.kernels.ternary import dequantize, pack, quantize, unpack
 
 PACKED, FORMAT, VERSION = "ternary.safetensors", "lit-rl ternary", "1"
@@ -117,16 +117,18 @@ def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[
     but the heads of language models. Only such as train; -1 is a group a row.
 
     Raises:
-        ValueError: adapters, no such layers, a name that is not there, or a group size that does not divide.
+        ConfigurationError: adapters, no such layers, a name that is not there, or a group size that does not divide.
     """
     kind = type(module).__name__
     if any(".lora_" in name for name, _ in module.named_parameters()):
-        raise ValueError(
+        raise ConfigurationError(
             f"TernaryQAT trains weights, and in {kind} they are frozen under adapters: leave lora out, or export the"
             " adapters first (which merges them) and give the folder as model"
         )
     if any(isinstance(layer, PackedLinear) for layer in module.modules()):
-        raise ValueError(f"{kind} has packed weights, which are not trained: give the folder that is exported in full")
+        raise ConfigurationError(
+            f"{kind} has packed weights, which are not trained: give the folder that is exported in full"
+        )
     heads = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}  # tied ones
     for m in module.modules():
         head_of: Any = getattr(m, "get_output_embeddings", lambda: None)
@@ -138,7 +140,7 @@ def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[
         if type(m) in (nn.Linear, TernaryLinear) and m.weight.requires_grad and id(m.weight) not in heads
     }
     if not found:
-        raise ValueError(
+        raise ConfigurationError(
             f"TernaryQAT found no torch.nn.Linear layers that train in {kind}, beside heads of language models, which stay as"
             " they are: layers of other classes, such as GPT-2's Conv1D, cannot be ternary"
         )
@@ -147,7 +149,7 @@ def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[
         if not any(f".{name}".endswith(f".{wanted}") for name in found):
             close = get_close_matches(wanted, known, n=1)
             hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
+            raise ConfigurationError(
                 f"TernaryQAT.modules names {wanted!r}, which {kind} does not have{hint} Its linear layers that train, beside"
                 f" heads, are {', '.join(known)}."
             )
@@ -168,14 +170,14 @@ def convert(module: nn.Module, chosen: dict[str, int]) -> None:
         layer: Any = module.get_submodule(name)
         if isinstance(layer, TernaryLinear):
             if layer.group_size != group:
-                raise ValueError(
+                raise ConfigurationError(
                     f"{name} is ternary with a group size of {layer.group_size}, not of {group}: give TernaryQAT the group_size"
                     " of the checkpoint"
                 )
             continue
         kind = type(layer)
         if kind is not nn.Linear:
-            raise ValueError(f"{name} is to be ternary: it must be a torch.nn.Linear, not a {kind.__name__}")
+            raise ConfigurationError(f"{name} is to be ternary: it must be a torch.nn.Linear, not a {kind.__name__}")
         _unround(layer.weight, group)
         layer.__class__, layer.group_size, layer._kept = TernaryLinear, group, None
 
@@ -192,10 +194,10 @@ def _unround(weight: Tensor, group: int) -> None:
 
 
 def refuse_without_callback(rounded: dict[str, int], callbacks: Sequence[Any]) -> None:
-    """Raises ValueError for training that goes on with ternary layers, and would without what starts and watches them."""
+    """Raises ConfigurationError for training that goes on with ternary layers, and would without what starts and watches them."""
     if not any(getattr(callback, "trains_ternary", False) for callback in callbacks):
         sizes = ", ".join(map(str, sorted(set(rounded.values()))))
-        raise ValueError(
+        raise ConfigurationError(
             f"the checkpoint has {len(rounded)} ternary layers (group size {sizes}), and this run has no TernaryQAT: add the"
             " callback with the checkpoint's settings; or export the checkpoint, and give the folder as model"
         )

@@ -297,12 +297,15 @@ def test_the_reference_is_refreshed_and_resumes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(kl_coef=0.0), "kl_coef is 0"),
-        (dict(kl_coef=0.1, lora=LoRA(rank=2)), "with adapters it is the frozen base model"),
+        (dict(kl_coef=0.0), "needs kl_coef: at 0 there is no reference policy"),
+        (
+            dict(kl_coef=0.1, lora=LoRA(rank=2)),
+            "does not work with lora: with adapters the reference is the frozen base",
+        ),
     ],
 )
 def test_without_a_reference_there_is_nothing_to_refresh(settings, message):
-    with pytest.raises(ValueError, match=f"no reference to refresh: {message}"):
+    with pytest.raises(ValueError, match=f"ReferenceRefresh {message}"):
         fit(policy(**settings), callbacks=[ReferenceRefresh(2)])
 
 

@@ -186,6 +186,41 @@ def test_mistakes_are_explained(argv, message, capsys):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sparse_attention --model.model tiny-mistral", "MistralForCausalLM has layers of"),
+        ("ternary --model.model tiny-gpt2", "TernaryQAT found no torch.nn.Linear layers"),
+        ("grpo --model.ahead thread --trainer.precision bf16-true", "ahead is set: it must be null at"),
+        ("grpo --data.batch_size 20000", "batch_size is 20000: it must be at most 10000"),
+        ("grpo --trainer.callbacks+=BatchSizeFinder", "the callback BatchSizeFinder does not work with GRPO"),
+        ("rlccf --trainer.strategy fsdp2", "RLCCF cannot shard its members (FSDP2): set the strategy to"),
+        ("grpo --model.dtype float16", "the weights to train are float16"),
+        (
+            "sft --model.schedule cosine --trainer.max_steps -1 --trainer.max_epochs -1",
+            "schedule 'cosine' needs an end",
+        ),
+    ],
+)
+def test_what_shows_only_when_all_is_set_up_is_explained_too(words, message, capsys):
+    recipe, *options = words.split()
+    code, text = run(capsys, "fit", "--config", recipe, "--config", "tiny", *options, "--run", "r")
+    assert code.startswith(f"lit-rl: {message}")
+    assert "Traceback" not in text
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    Path("of_a_user.py").write_text(
+        "from lit_rl import RLCallback\n"
+        "class Buggy(RLCallback):\n"
+        "    def setup(self, trainer, pl_module, stage):\n"
+        "        a, b = ()\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        main(["fit", "--config", "grpo", "--config", "tiny", "--trainer.callbacks", "of_a_user.Buggy", "--run", "r"])
+
+
 def test_bootcamp_commands(capsys):
     _, text = run(capsys, "bootcamp", "list")
     assert len(text.splitlines()) >= 36

@@ -36,7 +36,7 @@ class Logged(L.Callback):
 
 def refusal(method, *names):
     try:
-        hooks.refuse(METHODS[method], [CALLBACKS[name] for name in names])
+        hooks.refuse(METHODS[method], [CALLBACKS[name] for name in names], {})
     except ValueError as error:
         return str(error)
     return None
@@ -100,6 +100,9 @@ def test_every_method_takes_a_callback_or_refuses_it(method, name):
             "MajorityVote does not work with RLCCF: its members",
         ),
         (("--config", "sft", "--trainer.callbacks+=OffPolicyMixing"), "OffPolicyMixing does not work with SFT"),
+        (("--config", "ternary", "--model.lora.rank", 4), "TernaryQAT does not work with lora: the weights"),
+        (("--config", "chunked", "--config", "lora"), "ReferenceRefresh does not work with lora: with adapters"),
+        (("--config", "dapo", "--trainer.callbacks+=ReferenceRefresh"), "ReferenceRefresh needs kl_coef: at 0"),
     ],
 )
 def test_the_command_line_refuses_before_a_model_is_loaded(words, message, capsys):

@@ -13,6 +13,7 @@ from test_resume import Saves, left, policy
 from torch.nn.functional import cross_entropy
 
 from lit_rl import GRPO, SFT, Pretrain, Task, jsonl
+from lit_rl.checks import ConfigurationError
 from lit_rl.datamodules import Text
 from lit_rl.datamodules.base import TaskData
 from lit_rl.models import tiny_tokenizer
@@ -196,7 +197,9 @@ def test_bad_text(make, message):
 @pytest.mark.parametrize("method", [SFT, GRPO])
 def test_methods_that_do_not_read_tokens_are_refused(method):
     corpus()
-    with pytest.raises(TypeError, match=f"Text yields tokens, which Pretrain learns, and not {method.__name__}"):
+    with pytest.raises(
+        ConfigurationError, match=f"Text yields tokens, which Pretrain learns, and not {method.__name__}"
+    ):
         trainer().fit(policy(method), data())
 
 

@@ -97,7 +97,7 @@ def every_callback(module, data, known=CALLBACKS):
     made, kind, module = [], type(module), getattr(module, "members", [module])[0]
     for callback in known.values():
         try:
-            hooks.refuse(kind, [*map(type, made), callback])
+            hooks.refuse(kind, [*map(type, made), callback], module.hparams)
             probe = callback()
             probe.setup(SimpleNamespace(datamodule=data, callbacks=[]), module, "fit")
             probe.teardown(None, module, "fit")

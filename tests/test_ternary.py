@@ -417,6 +417,12 @@ class NoLinears(Stranger):
         self.lm = torch.nn.Conv1d(2, 2, 1)
 
 
+class Adapted(Stranger):
+    def __init__(self):
+        L.LightningModule.__init__(self)
+        self.lm = policy(GRPO, lora=LoRA(rank=2)).model
+
+
 @pytest.mark.parametrize(
     ("callback", "module", "message"),
     [
@@ -426,7 +432,8 @@ class NoLinears(Stranger):
             "group_size is 48: it must be a divisor of the 128 inputs of .*of 128",
         ),
         (dict(), lambda: NoLinears(), "found no torch.nn.Linear layers that train in NoLinears"),
-        (dict(), lambda: policy(GRPO, lora=LoRA(rank=2)), "frozen under adapters: leave lora out"),
+        (dict(), lambda: policy(GRPO, lora=LoRA(rank=2)), "does not work with lora: .* frozen under adapters"),
+        (dict(), lambda: Adapted(), "in Adapted they are frozen under adapters: leave lora out"),
         (dict(modules=["q_prj"]), lambda: policy(GRPO), "names 'q_prj', .*: did you mean 'q_proj'"),
         (dict(modules=["lm_head"]), lambda: policy(GRPO), "names 'lm_head', which GRPO does not have"),
     ],
