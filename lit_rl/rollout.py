@@ -68,7 +68,8 @@ class Rollout(Policy):
             first, as many as the batch has tasks; further prompts are begun while there are fewer. None is off.
         ahead: One-step-off rollout: a step's first round is sampled while the step before trains, on a thread, by a copy of
             the weights from before that step's update: "thread" on the same device, or the name of another. The first step
-            samples its own batch, and begins a further one; then each step trains on the batch before. None is off.
+            samples its own batch, and begins a further one; then each step trains on the batch before. A checkpoint holds
+            that batch, since nothing else has the weights that sample it, and so waits until it is sampled. None is off.
     """
 
     refused: ClassVar[dict[type[L.Callback], str]] = Policy.refused | {
