@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rl import ranks
+from lit_rl import ranks, rounds
 from lit_rl.ahead import Ahead
 from lit_rl.experience import Experience, build
 from lit_rl.generation.base import Completion
@@ -92,12 +92,12 @@ class Chunks:
     def begin_step(self, policy: Any) -> Experience:
         """The groups that are ready."""
         if self._saved:
-            self._restore(policy.training_data)
+            self._restore(rounds.data_set(policy))
         self._arrive()
         self._before, self.filtered = (policy.trainer.global_step, self._state()), 0
         policy.sampled_tokens += self.arrived
         self._has_round, self.arrived = self.arrived > 0, 0
-        policy._places |= self.places
+        policy.places |= self.places
         x, self.ready = self.ready, build([], [], [], [])
         return x
 
@@ -112,7 +112,7 @@ class Chunks:
                     " the loader of lit_rl.datamodules.TaskData, or set Task.index"
                 )
             own = replace(task)  # the data may give the same object again
-            self.pending.append(Begun(own, policy._places[id(task)], prompt, [Response.of(seed) for seed in row]))
+            self.pending.append(Begun(own, policy.places[id(task)], prompt, [Response.of(seed) for seed in row]))
 
     def draw(self, policy: Any, tasks: list[Task]) -> tuple[list[Task], list[list[int]], list[list[Completion]]]:
         """Begins responses to these tasks, and samples a chunk of all that are unfinished. Returns the tasks that then have
@@ -123,7 +123,7 @@ class Chunks:
         self._has_round = False
         done = [one for one in self.pending if all(map(self._finished, one.responses))]
         self.pending = [one for one in self.pending if not all(map(self._finished, one.responses))]
-        policy._places |= {id(one.task): one.place for one in done}
+        policy.places |= {id(one.task): one.place for one in done}
         for one in done:
             for r in one.responses:
                 r.text = self.decode(r.tokens.tolist())
@@ -194,7 +194,7 @@ class Chunks:
         }
         if self.ahead is not None:
             if not policy.sum_over_ranks(len(self.pending)):  # as in the first step, which had to wait for its own
-                self.enter(policy, policy.more_tasks(tasks, policy.max_rounds))
+                self.enter(policy, rounds.further_tasks(policy, tasks, policy.max_rounds))
             self.ahead.start(policy, *self._request(policy))
 
     def measures(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -39,7 +38,8 @@ class Policy(InnerLoop, Actor):
         decay_share: Share of the steps in which "wsd" falls.
         epochs: Passes over each experience.
         minibatches: Optimizer steps a pass; a group is never divided between two.
-        microbatch_tokens: Tokens in one forward and backward: lower it when memory runs out, the gradient stays the same.
+        microbatch_tokens: Tokens in one forward and backward, those of a prompt that responses share counted once: lower it
+            when memory runs out, the gradient stays the same.
         gradient_checkpointing: Trades time for memory.
         mup: Learning rates that hold for any width of the model, and weights to begin with where it is made, not loaded.
             The folder of such a model, loaded with the same `mup`, goes on as it began. None is the ordinary one.
@@ -95,7 +95,7 @@ class Policy(InnerLoop, Actor):
         """This step's minibatches of slices."""
         self.losses: list[float] = []
         """Of the slices so far in this step."""
-        self._places: dict[int, tuple[int, ...]] = {}
+        self.places: dict[int, tuple[int, ...]] = {}
         """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
         there."""
 
@@ -150,7 +150,7 @@ class Policy(InnerLoop, Actor):
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
         if left_out := getattr(self.trainer.train_dataloader, "left_out", 0):
             self.count("skipped/task_failed", left_out)
-        self._places = {id(task): (self.trainer.global_step, 0, i) for i, task in enumerate(batch)}
+        self.places = {id(task): (self.trainer.global_step, 0, i) for i, task in enumerate(batch)}
         self.losses = []
 
     def prepare(self, batch: list[Task]) -> None:
@@ -186,7 +186,7 @@ class Policy(InnerLoop, Actor):
 
     def owners(self, x: Experience) -> list[int]:
         """The rank of each group of the batch of all ranks, in the order that the groups have in one process."""
-        mine = [(*self._places.get(id(task), (0, i)), self.global_rank) for i, task in enumerate(x.tasks)]
+        mine = [(*self.places.get(id(task), (0, i)), self.global_rank) for i, task in enumerate(x.tasks)]
         return [rank for *_, rank in sorted(place for part in ranks.gather(mine) for place in part)]
 
     def has_gradient(self, x: Experience) -> Tensor:
@@ -195,30 +195,34 @@ class Policy(InnerLoop, Actor):
         return (x.weights != 0).any(1)
 
     def slices(self, x: Experience, rows: Tensor) -> list[Experience]:
-        """Cuts rows into slices of about equally long groups, each within `microbatch_tokens` unless one unit exceeds it."""
+        """Cuts rows into slices of about equally long groups, each within `microbatch_tokens` unless one row exceeds it."""
+        pads = self.token_terms.pads(self.device)
+        lengths, prompts = x.lengths.tolist(), x.starts.tolist()
         units: list[tuple[int, list[int]]] = []  # (tokens, rows): groups, or parts of those that are too large
         for g in x.group[rows].unique_consecutive().tolist():
-            members = rows[x.group[rows] == g].tolist()
-            size = sum(int(x.lengths[r]) for r in members)
-            parts = math.ceil(size / self.microbatch_tokens) if self.splits_groups else 1
-            step = math.ceil(len(members) / parts)
-            for i in range(0, len(members), step):
-                part = members[i : i + step]
-                units.append((sum(int(x.lengths[r]) for r in part), part))
+            size, part = 0, list[int]()
+            for r in rows[x.group[rows] == g].tolist():
+                more = lengths[r] - (prompts[r] if part and not pads else 0)  # packed, they share their prompt
+                if part and size + more > self.microbatch_tokens and self.splits_groups:
+                    units.append((size, part))
+                    size, part, more = 0, [], lengths[r]
+                size += more
+                part.append(r)
+            units.append((size, part))
         units.sort(key=lambda unit: -unit[0])
         slices: list[list[int]] = []
-        longest = count = 0
+        longest = held = 0
         # A small model's slice takes longer to launch than a GPU takes to run it. On a CPU more of them save memory at no cost.
-        sorts = self.device.type == "cpu" or self.token_terms.pads(self.device)
+        sorts = self.device.type == "cpu" or pads
         for size, part in units:
-            held = count * longest  # with padding to the longest unit
+            taken = longest if pads else size  # with padding to the longest unit
             # padding would cost more than a slice
             mixed = sorts and size < 0.75 * longest and held >= self.microbatch_tokens / 8
-            if not slices or held + longest > self.microbatch_tokens or mixed:
+            if not slices or held + taken > self.microbatch_tokens or mixed:
                 slices.append([])
-                longest, count = size, 0
+                longest, taken, held = size, size, 0
             slices[-1] += part
-            count += 1
+            held += taken
         return [x.rows(sorted(part)) for part in slices]
 
     @property

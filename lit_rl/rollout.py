@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from hashlib import blake2b
 from inspect import signature
-from random import Random
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as L
@@ -16,13 +14,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_rl import adapters, hooks, models, objectives
+from lit_rl import adapters, hooks, models, objectives, rounds
 from lit_rl.actor import Responses
 from lit_rl.advantage import ADVANTAGES
 from lit_rl.ahead import Ahead
 from lit_rl.checks import require
 from lit_rl.chunked import Chunks, lag
-from lit_rl.experience import Experience, Terms, build, concat
+from lit_rl.experience import Experience, Terms, build
 from lit_rl.forward import Forward
 from lit_rl.generation.base import Completion
 from lit_rl.policy import Aggregate, Policy
@@ -187,7 +185,7 @@ class Rollout(Policy):
         super().setup(stage)
 
     def collect(self, tasks: list[Task]) -> Experience:
-        x = self.finish(self.sample(tasks))
+        x = self.finish(rounds.fill(self, tasks))
         if self.chunks is not None:
             self.chunks.end_step(self, x, int(self.sum_over_ranks(len(tasks))))
         return x
@@ -240,61 +238,6 @@ class Rollout(Policy):
             self.log(f"chunked/{name}", value)
         return main
 
-    def sample(self, tasks: list[Task]) -> Experience:
-        """One round of rollouts, or as many as are needed to fill the batch: with groups that differ in reward (dynamic
-        sampling), or whose responses are all finished (chunks).
-
-        The batch is that of all ranks, and holds the first such groups, on whatever rank they are: as one process would.
-        Fewer than a full batch after `max_rounds` is counted, and trained on. When dynamic sampling has found none at all
-        in a batch's number of responses, training stops if every response was right, which is to say rewarded with 1 (there
-        is nothing left to learn), and RuntimeError is raised otherwise.
-        """
-        chunks = self.chunks
-        if not self.dynamic_sampling and chunks is None:
-            return self.round(tasks)
-        x, rounds, tried, right = build([], [], [], []), 0, 0, 0
-        if chunks is not None:
-            x = chunks.begin_step(self)
-        wanted, found = (int(self.sum_over_ranks(n)) for n in (len(tasks), len(x.tasks)))
-        while found < wanted and rounds < self.max_rounds:
-            missing = wanted if chunks is None else wanted - found
-            drawn = self.round(self.more_tasks(missing, rounds) if rounds else tasks)
-            new = self.informative(drawn) if self.dynamic_sampling else drawn
-            if chunks is not None:
-                chunks.passed(new)
-            x = concat(x, new)
-            rounds, found = rounds + 1, int(self.sum_over_ranks(len(x.tasks)))
-            tried += len(drawn)
-            right += int((drawn.rewards >= 1).sum())
-        if chunks is not None and not rounds:  # there is a batch without them, and they wait
-            chunks.enter(self, tasks)
-        name = "dynamic_sampling" if self.dynamic_sampling else "chunked"
-        if self.trainer.is_global_zero:
-            self.count(f"{name}/rounds", rounds)
-            self.count(f"{name}/missing", max(0, wanted - found))
-        if self.dynamic_sampling and not found:
-            tried, right = int(self.sum_over_ranks(tried)), int(self.sum_over_ranks(right))
-            if chunks is not None and tried < wanted * self.group:
-                return x  # too few are finished to judge by
-            if tried and right == tried:
-                rank_zero_warn(
-                    f"all of {tried} responses were right: there is nothing left to learn, and training stops"
-                )
-                self.trainer.should_stop = True
-            else:
-                lost = "".join(f", {name} {n:g}" for name, n in self.counts.items() if n and "skipped/" in name)
-                raise RuntimeError(
-                    f"dynamic sampling found no group with different rewards among {tried} responses, {right} of them right"
-                    f" ({rounds} rounds of {len(tasks)} prompts{lost}): the tasks are too hard or too easy for the policy. Change"
-                    " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
-                )
-        if chunks is not None:  # a batch takes the oldest
-            x = x.groups(sorted(range(len(x.tasks)), key=lambda g: self._places[id(x.tasks[g])]))
-        mine = self.owners(x)[:wanted].count(self.global_rank)
-        if chunks is not None:
-            chunks.keep(x.groups(range(mine, len(x.tasks))), self._places)
-        return x.groups(range(mine))
-
     def round(self, tasks: list[Task]) -> Experience:
         """Generates and scores; `on_rollout` has seen the result."""
         return self.rewarded(self.scored(*self.draw(tasks)))
@@ -337,40 +280,6 @@ class Rollout(Policy):
         if len(x) or self.trainer.world_size > 1:  # on all ranks or none: a hook may gather
             hooks.call(self.trainer, "on_rollout", x, module=self)
         return x
-
-    def informative(self, x: Experience) -> Experience:
-        """The groups whose rewards differ."""
-        if not len(x):
-            return x
-        return x.groups([g for g in range(len(x.tasks)) if len(x.rewards[(x.group == g) & x.valid].unique()) > 1])
-
-    @property
-    def training_data(self) -> Any:
-        """The data set of the training loader."""
-        data: Any = getattr(self.trainer.train_dataloader, "dataset", None)
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            raise TypeError(
-                "dynamic sampling and chunks draw further prompts from the training loader's dataset: they need one with a"
-                f" length and indices, not {type(data).__name__}"
-            )
-        return data
-
-    def more_tasks(self, n: int, round_: int) -> list[Task]:
-        """This rank's part of n further training tasks, a function of (seed, step, round, rank): nothing to remember for a
-        resume. Those of different ranks differ as long as there are enough."""
-        data = self.training_data
-        key = f"{self.seed_value}\0{self.trainer.global_step}\0{round_}"
-        rng = Random(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
-        drawn = rng.sample(range(len(data)), min(n, len(data)))
-        mine = drawn[self.global_rank :: self.trainer.world_size]
-        tasks = []
-        for index, task in zip(mine, self.spare("task", data.__getitem__, mine), strict=True):
-            if task is not None:
-                task.index = index
-                tasks.append(task)
-        self.count("skipped/task_failed", len(mine) - len(tasks))
-        self._places |= {id(task): (self.trainer.global_step, round_, i) for i, task in enumerate(tasks)}
-        return tasks
 
     @property
     def takes_sampler_logps(self) -> bool:

@@ -54,13 +54,13 @@ class Watch(RLCallback):
 
     def on_rollout(self, trainer, module, x):
         self.finished += [
-            (module._places[id(x.tasks[g])], x.tasks[g].prompt, row % 4, text)
+            (module.places[id(x.tasks[g])], x.tasks[g].prompt, row % 4, text)
             for row, (g, text) in enumerate(zip(x.group.tolist(), x.texts, strict=True))
         ]
 
     def on_advantage(self, trainer, module, x):
         self.batches.append(copy.deepcopy(x))
-        self.trained += [module._places[id(task)] for task in x.tasks]
+        self.trained += [module.places[id(task)] for task in x.tasks]
 
     def on_loss(self, trainer, module, x, terms):
         ratio = terms.log_ratio.exp()[x.mask]
@@ -218,6 +218,9 @@ def test_bad_settings(settings, message):
 def test_members_of_a_group_answer_at_the_same_time():
     with pytest.raises(ValueError, match="chunk or ahead is set: it must be null: all members answer at the same time"):
         RLCCF([policy(chunk=4), policy()])
+    with pytest.raises(ValueError, match="ahead is thread: it must be null: all members answer at the same time"):
+        RLCCF(members=2, ahead="thread", chunk=None)
+    assert not any(member.chunks for member in RLCCF(members=2, ahead=None, chunk=None).members)
 
 
 PROSE = """The stage is divided into chunks of tokens, and what has not ended by then waits. Each part is weighed against the

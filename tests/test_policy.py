@@ -62,7 +62,7 @@ class Gradients(L.Callback):
         ("cuda:0", torch.bfloat16, packed_layout, 1),
         ("cuda:0", torch.bfloat16, rows_layout, 3),
         ("cuda:0", torch.float32, packed_layout, 3),  # there each group has its mask
-        ("cpu", torch.float32, packed_layout, 3),
+        ("cpu", torch.float32, packed_layout, 2),
     ],
 )
 def test_unequal_groups_share_a_slice_on_a_gpu_where_none_is_padded(device, dtype, layout, slices):
@@ -74,6 +74,19 @@ def test_unequal_groups_share_a_slice_on_a_gpu_where_none_is_padded(device, dtyp
     parts = module.slices(x, torch.arange(8))
     assert len(parts) == slices
     assert sorted(int(n) for part in parts for n in part.lengths) == sorted(x.lengths.tolist())
+
+
+@pytest.mark.parametrize(
+    ("layout", "limit", "slices"), [(packed_layout, 1000, 1), (packed_layout, 700, 3), (rows_layout, 1000, 8)]
+)
+def test_a_slice_holds_what_the_model_is_fed(layout, limit, slices):
+    module = policy(microbatch_tokens=limit)
+    module.token_terms._layout = layout
+    x = build([[1] * 500] * 8, [[2] * 60] * 8, [0] * 8, [])
+    parts = module.slices(x, torch.arange(8))
+    assert len(parts) == slices
+    assert all(layout(part).inputs.numel() <= limit for part in parts)
+    assert sum(map(len, parts)) == 8
 
 
 def test_accumulate_grad_batches_is_refused():

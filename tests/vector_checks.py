@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_rl import rounds
 from lit_rl.advantage import ADVANTAGES, group_mean
 from lit_rl.callbacks import OffPolicyMixing
 from lit_rl.experience import build
@@ -25,7 +26,6 @@ from lit_rl.objectives import (
     token_weights,
     truncated_importance,
 )
-from lit_rl.rollout import Rollout
 
 
 def tensor(values: Any) -> Tensor:
@@ -206,7 +206,7 @@ def group_filter(case: dict, name: str) -> None:
     group = [ids.index(uid) for uid in case["uid"]]
     x = build([[0]] * len(group), [[0]] * len(group), group, tasks=list(ids))
     x.rewards = tensor(case["acc"])
-    kept: list = Rollout.informative(None, x).tasks  # type: ignore[arg-type]  (it needs nothing of the policy)
+    kept: list = rounds.informative(x).tasks
     if name == "kept_entropy_repo_and_dapo":  # they keep groups of one; here dynamic sampling is refused for those
         kept = [uid for uid in ids if uid in kept or case["uid"].count(uid) == 1]
     elif name != "kept_nft":

@@ -69,7 +69,8 @@ class RLCCF(Group):
         alone = "null: each needs one of its own, which policies given as `model` may have"
         require(len(given) == 1 or kwargs.get("generator") is None, "generator", "one for several members", alone)
         limit = "null: all members answer at the same time"
-        require(not kwargs.keys() & {"chunk", "ahead"}, "chunk or ahead", "set", limit)
+        for name in kwargs.keys() & {"chunk", "ahead"}:
+            require((value := kwargs.pop(name)) is None, name, value, limit)
         rates = lr if isinstance(lr, list) else [lr] * len(given)
         require(len(rates) == len(given), "lr", lr, f"a number, or one for each of {len(given)} members")
         made = [

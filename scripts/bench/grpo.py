@@ -26,7 +26,8 @@ SHAPES = {
     "natural": Shape(forced=False, no_signal=True),
     "long": Shape(prompts=2, prompt_tokens=(512, 512)),
     "vocabulary": Shape(vocabulary=151_936),
-    "smollm2": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
+    "smollm2": Shape(micro_batch=16, model="smollm2-135m"),
+    "smollm2-short": Shape(prompts=4, prompt_tokens=(6, 20), new_tokens=16, micro_batch=16, model="smollm2-135m"),
     "135M": Shape(vocabulary=49_152, hidden=576, layers=30, heads=9, key_heads=3, intermediate=1536),  # as SmolLM2-135M
     "1.5B": Shape(  # as Qwen2.5-1.5B
         prompts=16,
