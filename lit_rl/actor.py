@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_rl import adapters, models, ranks, resume, sharding, ternary
+from lit_rl import adapters, encoding, models, ranks, resume, sharding, ternary
 from lit_rl.adapters import LoRA
 from lit_rl.checks import require, require_literals
 from lit_rl.evaluated import Evaluated
+from lit_rl.export import describe, export_model, from_description
 from lit_rl.generation.base import Completion, Generator, Sampling
 from lit_rl.scoring import Scorer
 from lit_rl.task import Task, Verdict
@@ -91,7 +92,7 @@ class Actor(Evaluated):
         self.model.train()
         models.disable_dropout(self.model)  # on-policy, the ratio must be one
         endings = getattr(self.model, "generation_config", None) or self.model.config
-        self.eos = models.prepare_tokenizer(self.tokenizer, endings)
+        self.eos = encoding.prepare_tokenizer(self.tokenizer, endings)
         if generator is None:
             from lit_rl.generation.native import NativeGenerator
 
@@ -118,7 +119,7 @@ class Actor(Evaluated):
     def encode(self, tasks: list[Task], room: int) -> tuple[list[Task], list[list[int]]]:
         """The tasks whose prompts leave `room` tokens of the model's context, and those prompts. The rest is counted."""
         limit = models.context_length(self.model) - room
-        encode = partial(models.encode_prompt, self.tokenizer, chat=self.chat)
+        encode = partial(encoding.encode_prompt, self.tokenizer, chat=self.chat)
         prompts = [ids or [] for ids in self.spare("prompt", encode, [task.prompt for task in tasks])]
         if empty := prompts.count([]):
             self.count("skipped/prompt_empty", empty)
@@ -284,7 +285,7 @@ class Actor(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_rl"] = {
-            "model": models.checkpoint_state(self.model, self.tokenizer),
+            "model": describe(self.model, self.tokenizer),
             "ranks": ranks.gather(self.rank_state() | resume.rank_state(self.trainer, checkpoint)),
             "adapters": self.adapters,
         }
@@ -320,9 +321,9 @@ class Actor(Evaluated):
         if sharding.is_sharded(model):
             weights = sharding.whole_state(model)
             if self.global_rank == 0:
-                model, _ = models.from_checkpoint_state(models.checkpoint_state(model, self.tokenizer))
+                model, _ = from_description(describe(model, self.tokenizer))
                 if self.adapters:
                     model, _ = adapters.adapt(model, LoRA(**self.adapters["lora"]), "")
                 model.load_state_dict(weights)
         if self.global_rank == 0:
-            models.export(model, self.tokenizer, folder, overwrite=overwrite, packed=packed)
+            export_model(model, self.tokenizer, folder, overwrite=overwrite, packed=packed)

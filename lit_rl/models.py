@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a name, and back to a folder that anybody can load.
+"""A model and its tokenizer from a name, and what a model can do.
 
 Everything here is Hugging Face underneath; transformers is imported only when a function needs it.
 """
@@ -6,24 +6,17 @@ Everything here is Hugging Face underneath; transformers is imported only when a
 from __future__ import annotations
 
 import difflib
-import json
-import shutil
-import tempfile
-import uuid
-import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lit_rl import adapters, sharding, sparse_attention, ternary
+from lit_rl import encoding, sparse_attention, ternary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from lit_rl.task import Message
 
 TINY, SMOLLM2 = "tiny", "smollm2-135m"
 TINY_HEAD = 32
@@ -71,7 +64,7 @@ def load(
         config = _tiny_config(name, tok)
         model = AutoModelForCausalLM.from_config(config, **options).eval()
     else:
-        model = _load_model(name, options, trust_remote_code)
+        model = load_model(name, options, trust_remote_code)
         tok = _load_tokenizer(tokenizer or name, trust_remote_code)
     if sparse:
         sparse_attention.install(model)
@@ -116,7 +109,7 @@ def _tiny_config(name: str, tok: PreTrainedTokenizerBase) -> PretrainedConfig:
     )
 
 
-def _load_model(name: str, options: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(name: str, options: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedModel:
     """The model alone, from any name that `load` takes but "tiny"."""
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +129,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     if name == TINY:
-        return tiny_tokenizer()
+        return encoding.tiny_tokenizer()
     source, gguf = _resolve(name, config=False)
     options = {"gguf_file": gguf} if gguf else {"trust_remote_code": trust_remote_code}
     try:
@@ -195,98 +188,6 @@ def _load_gguf(folder: str, file: str, options: dict[str, Any]) -> PreTrainedMod
     return model.eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """One token for each printable ASCII character and the newline, one for each tag; anything else is `<unk>`.
-
-    `<answer>`, `</answer>`, `<think>` and `</think>` are ordinary tokens, so that decoding keeps them.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    special, tags = ["<pad>", "<eos>", "<unk>"], ["<answer>", "</answer>", "<think>", "</think>"]
-    vocab = [*special, *tags, "\n", *map(chr, range(ord(" "), ord("~") + 1))]
-    characters = Tokenizer(BPE({token: i for i, token in enumerate(vocab)}, merges=[], unk_token="<unk>"))
-    characters.decoder = decoders.Fuse()
-    characters.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    characters.add_tokens([AddedToken(token, normalized=False) for token in tags])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=characters,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    """Make sure of a padding token (the end of sequence serves) and return the ids that end a completion.
-
-    `config` is whatever names an `eos_token_id` beside the tokenizer: a model's generation config, or its config.
-    When nothing does, warns, and leaves the padding as it is.
-    """
-    eos = _eos_token_ids(tokenizer, config)
-    if not eos:
-        warnings.warn(
-            "the tokenizer names no end-of-sequence token, so completions end only at max_new_tokens: "
-            "set tokenizer.eos_token (or eos_token in tokenizer_config.json) to the token that ends a text"
-        )
-    elif tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos[0])
-    return eos
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's first, then those of the model's generation config."""
-    return _eos_token_ids(tokenizer, _generation_config(model))
-
-
-def _generation_config(model: PreTrainedModel) -> Any:
-    from transformers import GenerationConfig
-
-    return getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
-
-
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    named = getattr(config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], chat: Literal["auto", "always", "never"] = "auto"
-) -> list[int]:
-    """The token ids that a model is given to continue.
-
-    With a chat template ("auto": when the tokenizer has one) a str is one user message, and the ids end where the
-    assistant's turn begins. As plain text the contents of the messages stand on lines of their own, without their
-    roles, and the text always ends with a newline, which separates prompt and answer. A tokenizer that begins texts
-    with a BOS token begins plain prompts with one; a chat template brings its own.
-
-    Raises:
-        ValueError: "always", but the tokenizer has no chat template.
-    """
-    if chat not in ("auto", "always", "never"):
-        raise ValueError(f"chat is '{chat}': it must be 'auto', 'always' or 'never'")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if chat != "never" and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if chat == "always":
-        raise ValueError("chat is 'always', but the tokenizer has no chat template: set one, or use 'auto' or 'never'")
-    text = "\n".join(message["content"] for message in messages)
-    ids = tokenizer(text if text.endswith("\n") else text + "\n", add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]
-    return [bos, *ids] if begins else ids
-
-
-def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, eos: Sequence[int]) -> list[int]:
-    """The token ids of a known response, with nothing added but the first of the `eos` ids at the end, if any."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *eos[:1]]
-
-
 def context_length(model: PreTrainedModel) -> int:
     """How many tokens prompt and completion may have together; a very large number when the config is silent."""
     config = model.config.get_text_config()
@@ -321,109 +222,3 @@ def disable_dropout(model: nn.Module) -> None:
             for key, value in list(getattr(owner, "__dict__", {}).items()):
                 if "drop" in key and isinstance(value, float):
                     setattr(owner, key, 0.0)
-
-
-def export(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    overwrite: bool = False,
-    packed: bool = False,
-) -> Path:
-    """Save a folder that transformers and vLLM load: safetensors, config, tokenizer, and what ends a completion.
-
-    A model with adapters is saved with them merged into its weights, and they alone in the folder "adapter" inside it.
-    One with ternary layers is saved with their rounded weights; `packed` keeps those in 2 bits and 16 a group, in a folder
-    that `load` reads, for inference.
-    The folder appears whole or not at all: it is written beside its place under another name, then renamed.
-
-    Raises:
-        ValueError: the place is taken. `overwrite=True` replaces the folder whole, if it is one that holds a model.
-    """
-    folder = Path(folder).expanduser().absolute()
-    if folder.is_file():
-        raise ValueError(f"cannot export to '{folder}': it is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"cannot export to '{folder}': it is not empty (`overwrite` replaces it)")
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"cannot export to '{folder}': it holds something that is not a model, so it is not replaced"
-            )
-    eos, pad, generation = eos_token_ids(model, tokenizer), tokenizer.pad_token_id, _generation_config(model)
-    settings = json.loads(generation.to_json_string())
-    settings.pop("_from_model_config", None)
-    settings |= {"eos_token_id": eos if len(eos) > 1 else eos[0]} if eos else {}
-    settings |= {"pad_token_id": pad} if pad is not None else {}
-    new, old = (folder.with_name(f".{folder.name}.{what}-{uuid.uuid4().hex[:8]}") for what in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
-        model.generation_config = type(generation)()  # transformers refuses to save some that it loads, so we do
-        if packed:
-            ternary.save(model, new)
-        else:
-            model.save_pretrained(new, state_dict=adapters.merged_state(model))
-            adapters.save(model, new / "adapter")
-        (new / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        tokenizer.save_pretrained(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        model.generation_config = generation
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return folder
-
-
-def checkpoint_state(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All of a model but its weights, in plain types that `torch.load(weights_only=True)` reads.
-
-    With it a checkpoint can be exported alone: config and generation config, architecture, the tokenizer's files.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
-    return {
-        "architecture": sharding.plain_class(model).__name__,
-        "config": json.loads(model.config.to_json_string(use_diff=False)) | {"dtype": str(model.dtype).split(".")[-1]},
-        "generation_config": json.loads(_generation_config(model).to_json_string()),
-        "tokenizer": files,
-        "ternary": ternary.groups(model),
-    }
-
-
-def from_checkpoint_state(
-    state: dict[str, Any], base: str | None = None, dtype: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, with random weights and in eval mode, and the tokenizer that `checkpoint_state` described.
-
-    With `base`, a name that `load` takes, the model has the weights that are there.
-
-    Raises:
-        ValueError: transformers builds another class from the config, as it does for code of the model's own.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in {**state["tokenizer"], "config.json": json.dumps(state["config"]).encode()}.items():
-            file = Path(folder, name)
-            if ".." in file.parts or Path(folder) not in file.parents:
-                raise ValueError(f"the checkpoint's tokenizer has a file outside its folder: '{name}'")
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(content)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    config.name_or_path = tokenizer.name_or_path = state["config"].get("_name_or_path", "")
-    options = {"dtype": dtype or state["config"]["dtype"]}
-    model = _load_model(base, options) if base else AutoModelForCausalLM.from_config(config, **options).eval()
-    if type(model).__name__ != state["architecture"]:
-        raise ValueError(
-            f"the checkpoint holds a {state['architecture']}, but its config builds a {type(model).__name__}: "
-            "load the original with lit_rl.models.load and put the checkpoint's weights into it"
-        )
-    model.generation_config = GenerationConfig.from_dict(state["generation_config"])
-    ternary.convert(model, state.get("ternary", {}))
-    return model, tokenizer

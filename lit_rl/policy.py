@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_rl import models, ranks, sharding
+from lit_rl import encoding, models, ranks, sharding
 from lit_rl.actor import Actor
 from lit_rl.checks import require
 from lit_rl.experience import Experience, build
@@ -125,7 +125,7 @@ class Policy(InnerLoop, Actor):
             for i, text in enumerate(task.responses):
                 if think and not space.strip():  # the chat template has begun the thinking already
                     text = text.removeprefix(think).removeprefix(space)
-                response = models.encode_response(self.tokenizer, text, self.eos)
+                response = encoding.encode_response(self.tokenizer, text, self.eos)
                 if response and len(response) <= min(longest or limit, limit - len(prompt)):
                     rows.append((prompt, response, g, task.rewards[i] if task.rewards else 1.0, text))
                 else:

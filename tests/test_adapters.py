@@ -16,12 +16,12 @@ from test_forward import CONFIGS, LAYOUTS, experience, model_of, naive, use
 from test_policy import Letters, policy, trainer
 from test_resume import judge
 
-from lit_rl import GRPO, RLCallback, Sampling, adapters, jsonl, models
+from lit_rl import GRPO, RLCallback, Sampling, adapters, encoding, jsonl
 from lit_rl.adapters import LoRA
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
 from lit_rl.cli import METHODS
 from lit_rl.experience import build
-from lit_rl.export import export_checkpoint
+from lit_rl.export import export_checkpoint, export_model
 from lit_rl.forward import Forward
 
 KINDS = {"lora": LoRA(rank=4), "qlora": LoRA(rank=4, quantize="nf4")}
@@ -278,7 +278,7 @@ def test_export_merges_and_keeps_the_adapters(lora):
     delta = layer.lora_B.default.weight @ layer.lora_A.default.weight * lora.alpha / lora.rank
     assert torch.equal(merged.model.layers[1].mlp.down_proj.weight, weight + delta)
 
-    plain, _ = policy().model, models.export(policy().model, tokenizer, "base")  # the float base, as in LoRA
+    plain, _ = policy().model, export_model(policy().model, tokenizer, "base")  # the float base, as in LoRA
     alone = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "out/adapter")
     assert torch.allclose(logits(alone), want, atol=1e-4) == (lora.quantize is None)
     for (_, p), (_, q) in zip(
@@ -294,7 +294,7 @@ def test_export_merges_and_keeps_the_adapters(lora):
 def test_merging_in_other_architectures(name):
     model, _ = adapters.adapt(model_of(name), LoRA(rank=3), "")
     want = logits(stir(model, 0.5))
-    models.export(model, models.tiny_tokenizer(), "out")
+    export_model(model, encoding.tiny_tokenizer(), "out")
     merged = transformers.AutoModelForCausalLM.from_pretrained("out")
     assert (logits(merged) - want).abs().max() < 1e-3
     with adapters.disabled(model):
@@ -315,7 +315,7 @@ def test_adapters_of_a_half_precision_model_stay_in_float32(lora):
 
 def test_a_checkpoint_exports_alone_or_with_its_base_elsewhere(lora):
     """By the state of the random numbers ("tiny"), by name, and by a name that is given."""
-    models.export(policy().model, policy().tokenizer, "base")
+    export_model(policy().model, policy().tokenizer, "base")
     for name, base in (("tiny", None), ("base", None), ("base", "moved")):
         torch.manual_seed(0)
         module = GRPO(name, lora=lora, group=4, lr=1e-2, sampling=Sampling(max_new_tokens=6))
@@ -358,7 +358,7 @@ def test_adapters_are_not_put_on_another_base(capsys):
     other = GRPO("tiny", lora=KINDS["lora"])
     with pytest.raises(ValueError, match=r"belong to other frozen weights \(tiny\) than these \(tiny\)"):
         trainer(max_steps=2).fit(other, Letters(), ckpt_path="lora.ckpt")
-    models.export(other.model, other.tokenizer, "other")
+    export_model(other.model, other.tokenizer, "other")
     code, text = run(capsys, "export", "lora.ckpt", "out", "--base", "other")
     assert code
     assert "belong to other frozen weights" in text
@@ -439,7 +439,7 @@ class Projectionless(transformers.LlamaForCausalLM):
 def test_targets_that_are_not_there(model, lora, message):
     model = model_of(model) if model else Projectionless(CONFIGS["llama"]())
     with pytest.raises(ValueError, match=message):
-        GRPO(model, tokenizer=models.tiny_tokenizer(), lora=LoRA(**lora))
+        GRPO(model, tokenizer=encoding.tiny_tokenizer(), lora=LoRA(**lora))
 
 
 @pytest.mark.parametrize(
@@ -466,11 +466,11 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_a_quantised_model_is_refused():
-    models.export(policy().model, policy().tokenizer, "base")
+    export_model(policy().model, policy().tokenizer, "base")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained("base", quantization_config=config)
     with pytest.raises(ValueError, match=r"base is quantised already: give its float weights, and lora\.quantize"):
-        GRPO(model, tokenizer=models.tiny_tokenizer(), lora=LoRA())
+        GRPO(model, tokenizer=encoding.tiny_tokenizer(), lora=LoRA())
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -1,4 +1,4 @@
-"""lit_rl.models against transformers itself: what it loads, encodes and saves must be what transformers sees."""
+"""lit_rl.models, encoding and export against transformers itself: what is loaded, encoded and saved must be what it sees."""
 
 import copy
 import io
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_rl import models
+from lit_rl import encoding, models
+from lit_rl.export import describe, export_model, from_description
 
 TEMPLATE = (
     "{% for m in messages %}<think>{{ m['role'] }}\n{{ m['content'] }}<eos>{% endfor %}"
@@ -24,7 +25,7 @@ TEMPLATE = (
 )
 TAGS = ["<answer>", "</answer>", "<think>", "</think>"]
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
-tiny_tokenizer = models.tiny_tokenizer()
+tiny_tokenizer = encoding.tiny_tokenizer()
 
 
 @pytest.fixture
@@ -34,14 +35,14 @@ def tiny():
 
 
 def chat_tokenizer():
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def bos_tokenizer(single="<think> $A"):
     """A tokenizer that begins every text with a BOS token, as Llama's does."""
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     tokenizer.bos_token = "<think>"
     specials = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<think>", "<eos>")]
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=specials)
@@ -77,7 +78,7 @@ def test_tiny_is_a_small_llama_that_follows_the_seed(tiny):
     assert model.dtype == torch.float32
     assert models.context_length(model) == 2048
     assert model.config.vocab_size == len(tokenizer)
-    assert models.eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert encoding.eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
 
     torch.manual_seed(0)
     again, _ = models.load("tiny")
@@ -91,7 +92,7 @@ def test_tiny_comes_in_other_architectures(architecture):
     model, tokenizer = models.load(f"tiny-{architecture}")
     assert model.config.model_type == architecture
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    ids = torch.tensor([models.encode_prompt(tokenizer, "abc")])
+    ids = torch.tensor([encoding.encode_prompt(tokenizer, "abc")])
     assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
 
 
@@ -133,14 +134,14 @@ def test_tiny_tokenizer_through_auto_tokenizer(tmp_path):
 
 
 def test_tiny_model_fits_another_tokenizer(tmp_path):
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     tokenizer.add_tokens([f"<{c}>" for c in string.ascii_letters])
     tokenizer.save_pretrained(tmp_path)
     model, loaded = models.load("tiny", tokenizer=str(tmp_path))
     assert model.config.vocab_size == len(loaded) == len(tokenizer)
     same_tokenizer(tokenizer, loaded)
 
-    models.export(*models.load("tiny"), tmp_path / "small")
+    export_model(*models.load("tiny"), tmp_path / "small")
     with pytest.raises(ValueError, match=f"has {len(tokenizer)} tokens.* knows only {len(tiny_tokenizer)}"):
         models.load(str(tmp_path / "small"), tokenizer=str(tmp_path))
 
@@ -207,32 +208,32 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
 
 
 def test_prepare_tokenizer_fills_the_padding():
-    tokenizer = models.tiny_tokenizer()
-    assert models.prepare_tokenizer(tokenizer, GenerationConfig(eos_token_id=[7, 1, 9])) == [1, 7, 9]
+    tokenizer = encoding.tiny_tokenizer()
+    assert encoding.prepare_tokenizer(tokenizer, GenerationConfig(eos_token_id=[7, 1, 9])) == [1, 7, 9]
     assert tokenizer.pad_token == "<pad>"
     tokenizer.pad_token = None
-    assert models.prepare_tokenizer(tokenizer, GenerationConfig()) == [1]
+    assert encoding.prepare_tokenizer(tokenizer, GenerationConfig()) == [1]
     assert tokenizer.pad_token == "<eos>"
 
 
 def test_prepare_tokenizer_without_an_end():
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.warns(UserWarning, match=r"only at max_new_tokens: set tokenizer\.eos_token"):
-        assert models.prepare_tokenizer(tokenizer, GenerationConfig()) == []
+        assert encoding.prepare_tokenizer(tokenizer, GenerationConfig()) == []
     assert tokenizer.pad_token is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert models.prepare_tokenizer(tokenizer, GenerationConfig(eos_token_id=1)) == [1]
+        assert encoding.prepare_tokenizer(tokenizer, GenerationConfig(eos_token_id=1)) == [1]
     assert tokenizer.pad_token == "<eos>"
 
 
 def test_eos_token_ids_are_those_of_both(tiny):
     model, tokenizer = tiny
     model.generation_config.eos_token_id = [5, 1]
-    assert models.eos_token_ids(model, tokenizer) == [1, 5]
+    assert encoding.eos_token_ids(model, tokenizer) == [1, 5]
     model.generation_config.eos_token_id = None
-    assert models.eos_token_ids(model, tokenizer) == [1]
+    assert encoding.eos_token_ids(model, tokenizer) == [1]
 
 
 # ---------------------------------------------------------------------------------------------------------- encoding
@@ -245,15 +246,15 @@ def test_encode_prompt_uses_the_chat_template():
         expected = tokenizer.apply_chat_template(
             messages if isinstance(prompt, str) else prompt, add_generation_prompt=True, return_dict=False
         )
-        assert models.encode_prompt(tokenizer, prompt, "auto") == expected
-        assert models.encode_prompt(tokenizer, prompt, "always") == expected
+        assert encoding.encode_prompt(tokenizer, prompt, "auto") == expected
+        assert encoding.encode_prompt(tokenizer, prompt, "always") == expected
     assert tokenizer.decode(expected) == "<think>system\nBe brief.<eos><think>user\n1 + 1?<eos><think>assistant\n"
 
 
-@pytest.mark.parametrize(("tokenizer", "chat"), [(models.tiny_tokenizer(), "auto"), (chat_tokenizer(), "never")])
+@pytest.mark.parametrize(("tokenizer", "chat"), [(encoding.tiny_tokenizer(), "auto"), (chat_tokenizer(), "never")])
 def test_encode_prompt_as_plain_text(tokenizer, chat):
     def text(prompt):
-        return tokenizer.decode(models.encode_prompt(tokenizer, prompt, chat))
+        return tokenizer.decode(encoding.encode_prompt(tokenizer, prompt, chat))
 
     assert text("1 + 1?") == text("1 + 1?\n") == text([{"role": "user", "content": "1 + 1?"}]) == "1 + 1?\n"
     assert text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]) == "Be brief.\nHi\n"
@@ -261,9 +262,9 @@ def test_encode_prompt_as_plain_text(tokenizer, chat):
 
 def test_encode_prompt_errors():
     with pytest.raises(ValueError, match="chat is 'always', but the tokenizer has no chat template"):
-        models.encode_prompt(models.tiny_tokenizer(), "Hi", "always")
+        encoding.encode_prompt(encoding.tiny_tokenizer(), "Hi", "always")
     with pytest.raises(ValueError, match="chat is 'yes': it must be"):
-        models.encode_prompt(models.tiny_tokenizer(), "Hi", "yes")
+        encoding.encode_prompt(encoding.tiny_tokenizer(), "Hi", "yes")
 
 
 @pytest.mark.parametrize("single", ["<think> $A", "<think> $A <eos>"])
@@ -271,17 +272,17 @@ def test_one_bos_and_no_eos(single):
     tokenizer = bos_tokenizer(single)
     assert tokenizer.decode(tokenizer.encode("Hi\n")).startswith("<think>Hi")
     for prompt in ("Hi", "<think>Hi"):
-        assert tokenizer.decode(models.encode_prompt(tokenizer, prompt)) == "<think>Hi\n"
+        assert tokenizer.decode(encoding.encode_prompt(tokenizer, prompt)) == "<think>Hi\n"
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}:"
-    assert tokenizer.decode(models.encode_prompt(tokenizer, "Hi")) == "<think>Hi:"
-    assert tokenizer.decode(models.encode_response(tokenizer, "Yes", [1])) == "Yes<eos>"
+    assert tokenizer.decode(encoding.encode_prompt(tokenizer, "Hi")) == "<think>Hi:"
+    assert tokenizer.decode(encoding.encode_response(tokenizer, "Yes", [1])) == "Yes<eos>"
 
 
 def test_encode_response():
-    tokenizer = models.tiny_tokenizer()
-    assert models.encode_response(tokenizer, "42", [1, 5]) == [*tokenizer.encode("42"), 1]
-    assert models.encode_response(tokenizer, "42", []) == tokenizer.encode("42")
-    assert models.encode_response(tokenizer, "", [1]) == [1]
+    tokenizer = encoding.tiny_tokenizer()
+    assert encoding.encode_response(tokenizer, "42", [1, 5]) == [*tokenizer.encode("42"), 1]
+    assert encoding.encode_response(tokenizer, "42", []) == tokenizer.encode("42")
+    assert encoding.encode_response(tokenizer, "", [1]) == [1]
 
 
 def test_context_length_by_any_name():
@@ -300,7 +301,7 @@ def test_context_length_by_any_name():
 def test_export_is_what_transformers_loads(tmp_path, tiny):
     model, tokenizer = tiny
     model.generation_config.eos_token_id = [5, 1]
-    folder = models.export(model, tokenizer, tmp_path / "new" / "model")
+    folder = export_model(model, tokenizer, tmp_path / "new" / "model")
     assert folder == tmp_path / "new" / "model"
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
 
@@ -322,25 +323,25 @@ def test_export_is_what_transformers_loads(tmp_path, tiny):
 
 def test_export_of_a_published_config_that_validation_dislikes(tmp_path, tiny):
     """Hub models come with a temperature and do_sample=False; naming their end must not make it an error."""
-    folder = models.export(*tiny, tmp_path / "first")
+    folder = export_model(*tiny, tmp_path / "first")
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6, "do_sample": False}))
     model, tokenizer = models.load(str(folder))
-    settings = json.loads((models.export(model, tokenizer, tmp_path / "second") / file.name).read_text())
+    settings = json.loads((export_model(model, tokenizer, tmp_path / "second") / file.name).read_text())
     assert (settings["temperature"], settings["eos_token_id"]) == (0.6, tokenizer.eos_token_id)
     assert model.generation_config.temperature == 0.6  # exporting leaves the model as it was
 
 
 def test_export_never_overwrites_by_accident(tmp_path, tiny):
     (tmp_path / "empty").mkdir()
-    folder = models.export(*tiny, tmp_path / "empty")
+    folder = export_model(*tiny, tmp_path / "empty")
     (folder / "stale.txt").touch()
     with pytest.raises(ValueError, match=r"is not empty \(`overwrite` replaces it\)"):
-        models.export(*tiny, folder)
+        export_model(*tiny, folder)
     assert (folder / "stale.txt").is_file()
     torch.manual_seed(1)
     other, tokenizer = models.load("tiny")
-    models.export(other, tokenizer, folder, overwrite=True)
+    export_model(other, tokenizer, folder, overwrite=True)
     assert not (folder / "stale.txt").exists()
     assert torch.equal(logits(models.load(str(folder))[0], tokenizer), logits(other, tokenizer))
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
@@ -348,14 +349,14 @@ def test_export_never_overwrites_by_accident(tmp_path, tiny):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "precious.txt").touch()
     with pytest.raises(ValueError, match="holds something that is not a model"):
-        models.export(*tiny, tmp_path / "home", overwrite=True)
+        export_model(*tiny, tmp_path / "home", overwrite=True)
     with pytest.raises(ValueError, match="it is a file"):
-        models.export(*tiny, tmp_path / "home" / "precious.txt", overwrite=True)
+        export_model(*tiny, tmp_path / "home" / "precious.txt", overwrite=True)
 
 
 @pytest.mark.parametrize("step", ["tokenizer.save_pretrained", "rename"])
 def test_a_failed_export_leaves_no_trace(tmp_path, tiny, monkeypatch, step):
-    old = models.export(*tiny, tmp_path / "model")
+    old = export_model(*tiny, tmp_path / "model")
     before = (old / "model.safetensors").read_bytes()
     torch.manual_seed(1)
     model, tokenizer = models.load("tiny")
@@ -369,12 +370,12 @@ def test_a_failed_export_leaves_no_trace(tmp_path, tiny, monkeypatch, step):
     else:
         monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        models.export(model, tokenizer, old, overwrite=True)
+        export_model(model, tokenizer, old, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (old / "model.safetensors").read_bytes() == before
 
 
-def test_checkpoint_state_survives_a_weights_only_file(tmp_path):
+def test_description_survives_a_weights_only_file(tmp_path):
     torch.manual_seed(0)
     model, _ = models.load("tiny")
     for parameter in model.parameters():  # not model.bfloat16(), which rounds the rotary frequencies too
@@ -383,11 +384,11 @@ def test_checkpoint_state_survives_a_weights_only_file(tmp_path):
     tokenizer.chat_template = {"default": TEMPLATE, "other": "{{ messages }}"}  # saved in a folder of its own
     model.generation_config.eos_token_id = [1, 5]
     file = io.BytesIO()
-    torch.save({"lit_rl": models.checkpoint_state(model, tokenizer), "state_dict": model.state_dict()}, file)
+    torch.save({"lit_rl": describe(model, tokenizer), "state_dict": model.state_dict()}, file)
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
 
-    again, tok = models.from_checkpoint_state(checkpoint["lit_rl"])
+    again, tok = from_description(checkpoint["lit_rl"])
     again.load_state_dict(checkpoint["state_dict"])
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again, tok), logits(model, tokenizer))
@@ -395,18 +396,18 @@ def test_checkpoint_state_survives_a_weights_only_file(tmp_path):
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     ours, theirs = again.config.to_dict(), model.config.to_dict()
     assert {k for k in ours | theirs if ours.get(k) != theirs.get(k)} <= {"dtype", "architectures"}
-    assert models.checkpoint_state(again, tok).keys() == checkpoint["lit_rl"].keys()
+    assert describe(again, tok).keys() == checkpoint["lit_rl"].keys()
 
 
-def test_checkpoint_state_is_not_trusted(tiny):
-    state = models.checkpoint_state(*tiny)
+def test_description_is_not_trusted(tiny):
+    state = describe(*tiny)
     for name in ("../outside.json", "/outside.json"):
         with pytest.raises(ValueError, match="a file outside its folder"):
-            models.from_checkpoint_state(state | {"tokenizer": {name: b"{}"}})
+            from_description(state | {"tokenizer": {name: b"{}"}})
     with pytest.raises(
         ValueError, match=r"holds a Strange, but its config builds a LlamaForCausalLM: load the original"
     ):
-        models.from_checkpoint_state(state | {"architecture": "Strange"})
+        from_description(state | {"architecture": "Strange"})
 
 
 # ----------------------------------------------------------------------------------------------------------- dropout
@@ -469,9 +470,9 @@ def test_smollm2_answers(smollm2):
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert models.context_length(model) == 8192
-    eos = models.eos_token_ids(model, tokenizer)
+    eos = encoding.eos_token_ids(model, tokenizer)
     assert tokenizer.convert_ids_to_tokens(eos) == ["<|im_end|>"]
-    prompt = models.encode_prompt(tokenizer, "What is the capital of France?")
+    prompt = encoding.encode_prompt(tokenizer, "What is the capital of France?")
     assert tokenizer.decode(prompt).endswith("What is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
     out = model.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -481,7 +482,7 @@ def test_smollm2_answers(smollm2):
 
 def test_smollm2_is_saved_and_loaded(smollm2, tmp_path):
     model, tokenizer = smollm2
-    folder = models.export(model, tokenizer, tmp_path / "smollm2")
+    folder = export_model(model, tokenizer, tmp_path / "smollm2")
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert not any("name_or_path" in key for key in config)

@@ -16,7 +16,7 @@ from lit_rl import GRPO, SFT, Pretrain, Task, jsonl
 from lit_rl.checks import ConfigurationError
 from lit_rl.datamodules import Text
 from lit_rl.datamodules.base import TaskData
-from lit_rl.models import tiny_tokenizer
+from lit_rl.encoding import tiny_tokenizer
 from lit_rl.run import RunLogger
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]

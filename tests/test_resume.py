@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lit_rl import GRPO, RLCCF, RLCallback, Sampling, Verdict, hooks, jsonl, resume
 from lit_rl.cli import CALLBACKS, METHODS
 from lit_rl.datamodules import Bootcamp
-from lit_rl.models import tiny_tokenizer
+from lit_rl.encoding import tiny_tokenizer
 from lit_rl.run import RunLogger
 from lit_rl.scoring import Scorer
 

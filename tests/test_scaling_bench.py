@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from lit_rl import GRPO, SFT, Pretrain, Task, jsonl
 from lit_rl.callbacks import ScalingBench
 from lit_rl.datamodules.base import TaskData
+from lit_rl.encoding import tiny_tokenizer
 from lit_rl.laws import LOSS, scaling_points, sigmoid_fit
-from lit_rl.models import tiny_tokenizer
 from lit_rl.run import RunLogger
 
 

@@ -7,7 +7,7 @@ import torch
 from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_rl import jsonl, models
+from lit_rl import encoding, jsonl, models
 
 SMALL = ("--data.batch_size", 2, "--trainer.max_steps", 2, "--trainer.enable_progress_bar", "false")
 DIGITS = """
@@ -71,7 +71,7 @@ def test_it_is_tuned_trained_exported_and_loaded(capsys, monkeypatch):
     assert moved > 250
     assert second["kl"] > 0
     tokenizer = AutoTokenizer.from_pretrained("trained")
-    prompt = models.encode_prompt(tokenizer, "Compute 2 + 3 + 4.")
+    prompt = encoding.encode_prompt(tokenizer, "Compute 2 + 3 + 4.")
     out = trained.generate(
         torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )

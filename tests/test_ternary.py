@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lit_rl import GRPO, SFT, LoRA, RLCallback, Sampling, models, ops, ternary
 from lit_rl.callbacks import TernaryQAT
 from lit_rl.datamodules import Vowels
-from lit_rl.export import export_checkpoint
+from lit_rl.export import export_checkpoint, export_model
 from lit_rl.kernels import ternary as kernel
 
 SHAPES = [(5, 12, 4), (3, 64, 32), (7, 9, 3), (2, 30, 30), (1, 5, 1)]  # out, in, group
@@ -334,7 +334,7 @@ def test_the_packed_folder_computes_the_same_in_little_memory(trained):
     assert sum(b.nbytes for layer in found.values() for b in layer.buffers()) <= 0.16 * half
     stored = load_file(folder / "packed" / ternary.PACKED)
     assert sum(t.nbytes for n, t in stored.items() if n.endswith((".codes", ".scales"))) <= 0.16 * half
-    models.export(packed, module.tokenizer, "again")  # and back, exactly
+    export_model(packed, module.tokenizer, "again")  # and back, exactly
     full, again = (load_file(Path(f, "model.safetensors")) for f in (folder / "full", "again"))
     assert full.keys() == again.keys()
     assert all(torch.equal(full[name], again[name]) for name in full)
@@ -369,7 +369,7 @@ def test_tied_embeddings_are_stored_once(trained):
     model.config.tie_word_embeddings = True
     model.tie_weights()
     ternary.convert(model, ternary.choose(model, None, -1))
-    models.export(model, trained[0].tokenizer, "tied", packed=True)
+    export_model(model, trained[0].tokenizer, "tied", packed=True)
     again, _ = models.load("tied")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
@@ -381,7 +381,7 @@ def test_tied_embeddings_are_stored_once(trained):
 
 def folder_of(trained, name, change):
     _, folder = trained
-    models.export(models.load(str(folder / "packed"))[0], trained[0].tokenizer, name, packed=True)
+    export_model(models.load(str(folder / "packed"))[0], trained[0].tokenizer, name, packed=True)
     file = Path(name, ternary.PACKED)
     change(file)
     return name

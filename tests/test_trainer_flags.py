@@ -32,7 +32,7 @@ from lightning.pytorch.tuner import Tuner
 from test_policy import trainer, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_rl import GRPO, RLCCF, SFT, RLCallback, Sampling, Verdict, jsonl, models, ops
+from lit_rl import GRPO, RLCCF, SFT, RLCallback, Sampling, Verdict, encoding, jsonl, ops
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
 from lit_rl.cli import METHODS
 from lit_rl.rollout import Rollout
@@ -56,7 +56,7 @@ def policy(method=GRPO, **kwargs):
     if method is RLCCF:
         return RLCCF([policy(GRPO, **kwargs) for _ in range(2)])
     torch.manual_seed(0)
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -15,7 +15,8 @@ import worker
 from test_ranks import assert_equal, free_port, run_by_two
 from test_vllm import PROMPTS, gap, learn, seeds, tiny
 
-from lit_rl import Sampling, VLLMServer, models
+from lit_rl import Sampling, VLLMServer
+from lit_rl.export import export_model
 from lit_rl.generation.vllm_transfer import Stream, send
 
 # The package for CPUs has another name than the command asks for.
@@ -53,7 +54,7 @@ def test_servers_have_our_weights_whatever_happens(tmp_path, monkeypatch):
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     generator = VLLMServer(urls, "weights", max_model_len=256, timeout=120)
     actor = tiny(generator)
-    models.export(actor.model, actor.tokenizer, "model")
+    export_model(actor.model, actor.tokenizer, "model")
     script, streaming = tmp_path / "serve.py", (ports[0], "--weight-transfer-config", '{"backend": "lit_rl"}')
     processes = [serve(script, *streaming), serve(script, ports[1])]
 

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_rl import GRPO, Sampling, Task
 from lit_rl.datamodules import TaskData
+from lit_rl.encoding import tiny_tokenizer
 from lit_rl.generation.native import NativeGenerator
-from lit_rl.models import tiny_tokenizer
 from lit_rl.scoring import Scorer
 
 LONGEST, PROMPTS, GROUP = 256, 8, 8

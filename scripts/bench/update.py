@@ -19,8 +19,8 @@ from grpo import SHAPES
 from shapes import Shape
 
 from lit_rl import GRPO, forward
+from lit_rl.encoding import tiny_tokenizer
 from lit_rl.experience import Experience, build
-from lit_rl.models import tiny_tokenizer
 from lit_rl.objectives import token_weights
 
 MODELS = {name: replace(SHAPES[name], prompt_tokens=(128, 128)) for name in ("135M", "1.5B")}

@@ -14,6 +14,7 @@ from common import Record, bootcamp, curves, last, parser, plot, prepare, run, s
 
 from lit_rl import SFT, LoRA, Sampling, models, ternary
 from lit_rl.callbacks import TernaryQAT
+from lit_rl.export import export_model
 from lit_rl.models import SMOLLM2, TINY
 
 NAME = "ternary"
@@ -67,7 +68,7 @@ def rounded(start: str, folder: str) -> None:
     """Makes a folder of a model whose weights are rounded without training."""
     model, tokenizer = models.load(start)
     ternary.convert(model, ternary.choose(model, None, 32))
-    models.export(model, tokenizer, folder, overwrite=True)
+    export_model(model, tokenizer, folder, overwrite=True)
 
 
 def runs(args: argparse.Namespace, name: str, start: str, seed: int, arm: str) -> Iterator[Record]:
@@ -102,7 +103,7 @@ def main() -> None:
     name = NAME if args.model == TINY else f"{NAME}-{args.model}"
     start, folder = args.model, args.work / name / "start"
     if args.model != TINY:  # a folder loads faster
-        start = str(folder if folder.exists() else models.export(*models.load(args.model), folder))
+        start = str(folder if folder.exists() else export_model(*models.load(args.model), folder))
     records = together(args, name, [partial(runs, args, name, start, s, arm) for s in args.seeds for arm in args.arms])
     order = [*ARMS, ROUNDED, NF4]
     records.sort(key=lambda r: (args.seeds.index(r["seed"]), order.index(r["arm"])))

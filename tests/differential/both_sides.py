@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rl import models
+from lit_rl import encoding
 
 GROUP, MAX_TOKENS, TEMPERATURE = 4, 9, 0.7
 REWARDS: dict[str, Sequence[float | None]] = {  # a group of all right, one of mixed, one of graded responses
@@ -50,7 +50,7 @@ def make(folder: Path) -> list[Row]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = encoding.tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -71,8 +71,8 @@ def make(folder: Path) -> list[Row]:
             text = "".join(rng.choices("abcdefghij", k=rng.randint(1, MAX_TOKENS - 1)))
             finished = i != 2  # one of each group is cut off at the limit
             text = text if finished else text.ljust(MAX_TOKENS, "z")
-            prompt_ids = models.encode_prompt(tokenizer, prompt)
-            ids = models.encode_response(tokenizer, text, [tokenizer.eos_token_id] if finished else [])
+            prompt_ids = encoding.encode_prompt(tokenizer, prompt)
+            ids = encoding.encode_response(tokenizer, text, [tokenizer.eos_token_id] if finished else [])
             rows.append(Row(prompt, prompt_ids, text, ids, reward, finished, torch.zeros(len(ids))))
             logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1] / TEMPERATURE
             logps = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1).detach()

@@ -8,7 +8,7 @@ from typing import Any
 
 from both_sides import GROUP, MAX_TOKENS, TEMPERATURE, Row, Step, Walk, flat_gradient
 
-from lit_rl import models
+from lit_rl import encoding
 
 
 def trl(
@@ -75,7 +75,7 @@ def trl(
         reward_funcs=reward,
         args=GRPOConfig(tempfile.mkdtemp(), **{**options, **(vllm or {}), **settings}),
         train_dataset=Dataset.from_list([{"prompt": p} for p in dict.fromkeys(row.prompt for row in rows)]),
-        processing_class=models.tiny_tokenizer(),
+        processing_class=encoding.tiny_tokenizer(),
         callbacks=[Record()],
         optimizers=(Walk(model.parameters(), length), None),
         rollout_func=rollout,
