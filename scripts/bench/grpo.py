@@ -64,7 +64,7 @@ DEFAULT_SHAPES = {
     "cpu": ["tiny", "natural", "long", "vocabulary"],
     "cuda": ["tiny", "long", "vocabulary", "135M", "1.5B"],
 }
-GOALS = {  # shape -> (what, against which side, lit-rl's share of it at most); with one thread
+GOALS = {  # of a shape: what, against which side, and the share of it that lit-rl takes at most; with one thread
     "tiny": [("step", BEST, 0.4), ("step", DEFAULT, 0.15), ("generation", BEST, 0.5), ("memory_mb", BEST, 0.5)],
     "natural": [("step", BEST, 0.3), ("memory_mb", BEST, 0.5)],
     "long": [("step", BEST, 0.2), ("memory_mb", BEST, 0.5)],
@@ -198,10 +198,14 @@ def tables(runs: list[Run]) -> str:
         )
         gpu = "device" in here[0]
         heading = f"### {shape}, " + ("GPU" if gpu else f"{threads} thread{'s' * (threads > 1)}")
-        counts = (
-            f"Tokens a step: {middle(here, here[0]['side'], 'prompt_tokens'):.0f} of prompts, {tokens} of responses."
-        )
-        parts += [heading, table(here), counts + (" " + goals(here, shape) if threads == 1 and not gpu else "")]
+        prompts = middle(here, here[0]["side"], "prompt_tokens")
+        said = [f"Tokens a step: {prompts:.0f} of prompts, {tokens} of responses."]
+        if not gpu and values(here, LIT, "program"):
+            own, step = (middle(here, LIT, what) for what in ("program", "step"))
+            said.append(f"lit-rl spends {own:.2f} s ({own / step:.0%}) outside the model's own calls.")
+        if threads == 1 and not gpu and shape in GOALS:
+            said.append(goals(here, shape))
+        parts += [heading, table(here), " ".join(said)]
     return "\n\n".join(parts)
 
 
