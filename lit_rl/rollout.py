@@ -105,46 +105,20 @@ class Rollout(Policy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        require(group >= 1, "group", group, "at least 1")
-        require(
-            cap >= 1, "cap", cap, "at least 1, since it caps the ratio itself: below, it would scale every token down"
-        )
-        require(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "above 1")
-        require(0 <= clip_low <= 1, "clip_low", clip_low, "between 0 and 1")
-        require(clip_high >= 0, "clip_high", clip_high, "at least 0")
-        require(kl_coef >= 0, "kl_coef", kl_coef, "at least 0")
-        require(tis_cap is None or tis_cap >= 1, "tis_cap", tis_cap, "at least 1")
-        require(
-            tis_cap is None or old_logps != "sampler",
-            "tis_cap",
-            tis_cap,
-            "None with old_logps=sampler: all ratios are 1",
-        )
-        require(0 <= overlong_buffer <= 1, "overlong_buffer", overlong_buffer, "a share between 0 and 1")
+        for name, value, least in (("group", group, 1), ("clip_high", clip_high, 0), ("kl_coef", kl_coef, 0)):
+            require(value >= least, name, value, f"at least {least}")
+        for name, share in (("clip_low", clip_low), ("overlong_buffer", overlong_buffer)):
+            require(0 <= share <= 1, name, share, "between 0 and 1")
         require(max_rounds >= 1, "max_rounds", max_rounds, "at least 1")
-        require(
-            not dynamic_sampling or group > 1, "dynamic_sampling", True, "off when group is 1: one reward never differs"
-        )
-        require(
-            not self.sampling.cuts or getattr(self.generator, "keeps_mass", True),
-            "sampling",
-            self.sampling,
-            f"without top_p, top_k and min_p in training with {type(self.generator).__name__}, which does not tell how much"
-            " probability they keep: leave them at 1, 0 and 0, or leave the generator out (the native one tells)",
-        )
-        longest = self.sampling.max_new_tokens
-        require(
-            chunk is None or chunk >= longest or (chunk >= 1 and longest % chunk == 0),
-            "chunk",
-            chunk,
-            f"a divisor of sampling.max_new_tokens ({longest}), or that or more, which is one chunk; null is off",
-        )
-        require(
-            chunk is None or "begun" in signature(self.generator.generate).parameters,
-            "chunk",
-            chunk,
-            f"null with {type(self.generator).__name__}: its `generate` takes no `begun` responses",
-        )
+        limit = "at least 1, since it caps the ratio itself: below, it would scale every token down"
+        require(cap >= 1, "cap", cap, limit)
+        require(dual_clip is None or dual_clip > 1, "dual_clip", dual_clip, "above 1")
+        require(tis_cap is None or tis_cap >= 1, "tis_cap", tis_cap, "at least 1")
+        limit = "None with old_logps=sampler: all ratios are 1"
+        require(tis_cap is None or old_logps != "sampler", "tis_cap", tis_cap, limit)
+        limit = "off when group is 1: one reward never differs"
+        require(not dynamic_sampling or group > 1, "dynamic_sampling", True, limit)
+        self._check_engine(chunk, ahead)
         self.group, self.advantage, self.aggregate = group, advantage, aggregate
         self.objective, self.ratio = objective, ratio
         self.clip_low, self.clip_high, self.dual_clip, self.cap = clip_low, clip_high, dual_clip, cap
@@ -153,13 +127,9 @@ class Rollout(Policy):
         self.old_logps, self.tis_cap, self.mask_truncated = old_logps, tis_cap, mask_truncated
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.dynamic_sampling, self.max_rounds = dynamic_sampling, max_rounds
-        limit = f"null with {type(self.generator).__name__}: the native engine alone samples by a copy of the weights"
-        require(ahead is None or getattr(self.generator, "exact", False), "ahead", ahead, limit)
-        context = models.context_length(self.model)
-        require(longest < context, "sampling.max_new_tokens", longest, f"below the model's context of {context} tokens")
         self.chunks: Chunks | None = None
         if chunk is not None or ahead is not None:
-            device = None if ahead == "thread" else ahead
+            longest, device = self.sampling.max_new_tokens, None if ahead == "thread" else ahead
             thread = None if ahead is None else Ahead(copy.deepcopy(self.model), device)
             self.chunks = Chunks(min(chunk or longest, longest), longest, self.decode, thread)
         self._rewards = (0.0, 0)
@@ -168,6 +138,33 @@ class Rollout(Policy):
         if kl_coef and not adapters.at_start(self.model):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
             self.reference_terms = Forward(self.reference)
+
+    def _check_engine(self, chunk: int | None, ahead: str | None) -> None:
+        """What the engine and the model must be able to do."""
+        engine, longest = type(self.generator).__name__, self.sampling.max_new_tokens
+        context = models.context_length(self.model)
+        require(longest < context, "sampling.max_new_tokens", longest, f"below the model's context of {context} tokens")
+        limit = (
+            f"without top_p, top_k and min_p in training with {engine}, which does not tell how much probability they keep:"
+            " leave them at 1, 0 and 0, or leave the generator out (the native one tells)"
+        )
+        tells = not self.sampling.cuts or getattr(self.generator, "keeps_mass", True)
+        require(tells, "sampling", self.sampling, limit)
+        if chunk is not None:
+            limit = (
+                f"a divisor of sampling.max_new_tokens ({longest}), or that or more, which is one chunk; null is off"
+            )
+            require(chunk >= longest or (chunk >= 1 and longest % chunk == 0), "chunk", chunk, limit)
+            limit = f"null with {engine}: its `generate` takes no `begun` responses"
+            require("begun" in signature(self.generator.generate).parameters, "chunk", chunk, limit)
+        if ahead is not None:
+            limit = f"null with {engine}: the native engine alone samples by a copy of the weights"
+            require(getattr(self.generator, "exact", False), "ahead", ahead, limit)
+            try:
+                torch.empty(0, device=None if ahead == "thread" else ahead)
+            except (RuntimeError, AssertionError) as error:
+                message = str(error).splitlines()[0]
+                raise ValueError(f"ahead is {ahead}: it must be thread, or a device that is here ({message})") from None
 
     # ---------------------------------------------------------------- tasks to experience
 
@@ -178,10 +175,8 @@ class Rollout(Policy):
             fine = self.trainer.precision in ("32-true", "16-mixed", "bf16-mixed")
             limit = f"null at precision {self.trainer.precision}, whose default dtype is that of all threads: use a mixed one"
             require(fine, "ahead", "set", limit)
-        if (
-            self.chunks is not None and stage == "fit"
-        ):  # another run's, if the policy was in one; a checkpoint comes later
-            self.chunks.load_state_dict({})
+        if self.chunks is not None and stage == "fit":
+            self.chunks.load_state_dict({})  # another run's, if the policy was in one; a checkpoint comes later
         super().setup(stage)
 
     def collect(self, tasks: list[Task]) -> Experience:

@@ -208,6 +208,8 @@ def test_no_token_is_lost(chunk, settings):
     [
         (dict(chunk=5), r"chunk is 5: it must be a divisor of sampling.max_new_tokens \(12\), or that or more"),
         (dict(chunk=0), "chunk is 0"),
+        (dict(ahead="tread"), "ahead is tread: it must be thread, or a device that is here"),
+        (dict(ahead="cuda:99"), "ahead is cuda:99: it must be thread, or a device that is here"),
     ],
 )
 def test_bad_settings(settings, message):
