@@ -227,7 +227,7 @@ def test_overlong_and_masked_truncation():
         (dict(advantage="gropo"), "advantage is gropo: it must be one of grpo"),
         (dict(dual_clip=0.5), "dual_clip is 0.5: it must be above 1"),
         (dict(epochs=0), "epochs is 0"),
-        (dict(overlong_buffer=4096), "a share between 0 and 1"),
+        (dict(overlong_buffer=4096), "overlong_buffer is 4096: it must be between 0 and 1"),
         (dict(objective="pppo"), "objective is pppo: it must be one of ppo, cispo"),
         (dict(schedule="cos"), "schedule is cos: it must be one of constant, linear"),
         (dict(method=NFT, ratio="sequence"), "ratio is sequence: it must be one of token"),
