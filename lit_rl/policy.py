@@ -212,13 +212,13 @@ class Policy(InnerLoop, Actor):
         units.sort(key=lambda unit: -unit[0])
         slices: list[list[int]] = []
         longest = held = 0
-        # A small model's slice takes longer to launch than a GPU takes to run it. On a CPU more of them save memory at no cost.
-        sorts = self.device.type == "cpu" or pads
         for size, part in units:
             taken = longest if pads else size  # with padding to the longest unit
-            # padding would cost more than a slice
-            mixed = sorts and size < 0.75 * longest and held >= self.microbatch_tokens / 8
-            if not slices or held + taken > self.microbatch_tokens or mixed:
+            enough = held >= self.microbatch_tokens / 8 and (
+                self.device.type == "cpu"  # which gains nothing from more at once
+                or (pads and size < 0.75 * longest)  # padding would cost more than a slice
+            )
+            if not slices or enough or held + taken > self.microbatch_tokens:
                 slices.append([])
                 longest, taken, held = size, size, 0
             slices[-1] += part
