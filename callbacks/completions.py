@@ -42,7 +42,7 @@ class Completions(RLCallback):
     Responses are what the hook `on_advantage` brings; a module that does not call it is warned of.
 
     Args:
-        every: Steps between two that are written to the file.
+        every: Responses of one in so many steps are written to the file.
         table_rows: Responses a step added to the W&B table "completions"; 0 for none. They are sent each time that the
             run is a tenth longer, at each checkpoint and at the end, since W&B shows a table's last hundred additions.
         print_every: Steps between printed samples; 0 for none.

@@ -18,13 +18,13 @@ TOKENS = 32
 class CoordinateCheck(RLCallback):
     """The test of a parametrisation (arXiv 2203.03466, appendix D): under muP nothing depends on the width, beyond chance.
 
-    Each of the first steps it runs the model on a few fixed random tokens, and logs the mean absolute value of the
+    In each of the first steps it runs the model on a few fixed random tokens, and logs the mean absolute value of the
     coordinates/embedding, of each coordinates/layer-N (the last one is normed) and of the coordinates/logits; and under
     coordinates/moved/ by how much they differ from those before training. Compare runs of several widths with
     `lit_rl.mup.slope`.
 
     Args:
-        steps: After which it stops.
+        steps: How many are the first steps.
     """
 
     refuses: ClassVar[dict[str, str]] = {"Group": "its members have widths of their own: check them one at a time"}

@@ -20,7 +20,7 @@ from lit_rl.rollout import Rollout
 
 
 class Covariance(RLCallback):
-    """What both share. Before each optimizer step, over the tokens of its minibatch on all ranks:
+    """What ClipCov and KLCov share. Before each optimizer step, over the tokens of its minibatch on all ranks:
 
     c = (A - mean A)(log pi - mean log pi)          (Cui et al. 2025, arXiv 2505.22617)
 

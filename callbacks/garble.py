@@ -19,19 +19,19 @@ class GarbleFilter(RLCallback):
     """Masks garbled responses, as MiniCPM4 does (arXiv 2506.07900, section 3.2.3, which does not say how it tells them). They
     count in their group's advantages, like truncated ones under `mask_truncated`, and give no gradient.
 
-    The rules are ours, and any one is enough. Those on repetition are of responses of `shortest` characters or more, since
-    a short one repeats little and compresses badly whatever it says. Counted as skipped/garbled, and by rule as
+    The rules are ours, and any one is enough. Those on repetition need `shortest` characters or more, since a short
+    response repeats little and compresses badly whatever it says. Counted as skipped/garbled, and by rule as
     garbled/compressible, /repeated, /uniform and /unreadable.
 
     Args:
-        compressible: zlib makes less than this share of the UTF-8 bytes of it. English prose is at 0.4 to 0.6, a loop of one
+        compressible: zlib shrinks its UTF-8 bytes to less than this share. English prose is at 0.4 to 0.6, a loop of one
             sentence below 0.1.
         repeated: Its last 40 characters make up more than this share of it, by copies that do not overlap.
         uniform: Less than this share of its runs of four words (of four characters where there are fewer than 20 words) are
             different ones.
         unreadable: More than this share of its characters are U+FFFD, which stands for bytes that are no text, or are not
             printable. Of responses of any length.
-        shortest: Characters.
+        shortest: In characters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""ReferenceRefresh: the policy that the divergence is taken from moves along."""
+"""ReferenceRefresh: the reference of the divergence follows the policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReferenceRefresh(RLCallback):
     which never changes.
 
     Args:
-        every: Steps.
+        every: Steps between two refreshes.
     """
 
     refuses: ClassVar[dict[str, str]] = {

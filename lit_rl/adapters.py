@@ -256,7 +256,7 @@ def plain_state(model: Any) -> dict[str, Tensor]:
     ternary weights as they are rounded.
 
     Tied weights stand under each of their names. What needs no change is the model's own tensor. A sharded model that is
-    whole stays whole, which asking for its state dict would end.
+    gathered stays so, which asking for its own state dict would end.
     """
     unsaved = {f"{n}.{name}".lstrip(".") for n, m in model.named_modules() for name in m._non_persistent_buffers_set}
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))

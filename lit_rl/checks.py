@@ -8,8 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigurationError(ValueError):
-    """What was asked for cannot be, or does not go together. The message is for whoever asked, and the command line shows
-    nothing else."""
+    """Settings that are impossible or do not go together. The message is for the user; the command line shows it alone."""
 
 
 def require(fine: bool, name: str, value: Any, limit: str) -> None:

@@ -1,4 +1,4 @@
-"""Chunked: responses that are sampled a chunk of tokens at a time, the unfinished ones again in later steps (MiniCPM4)."""
+"""Chunked: responses are sampled a chunk of tokens at a time, and unfinished ones continue in later steps (MiniCPM4)."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Begun:
 class Chunks:
     """What one rank's rollouts carry from step to step: `pending` prompts, and `ready` groups that no batch had room for.
 
-    A checkpoint has no tasks, whose `score` may be any function, but their places in the training data, which makes them
-    again: by `again(index, id)` where the data set has it, for one that changes in the course of a run, else as item `index`.
+    A checkpoint holds not the tasks, whose `score` may be any function, but their places in the training data, which makes
+    them again: by `again(index, id)` if it has that (for data that change in the course of a run), else as item `index`.
 
     Args:
         size: Tokens of a response in a round.

@@ -38,7 +38,7 @@ class Law:
 
     def interval(self, entropy: float, new: bool = False) -> float:
         """Half of the 95 % interval of the curve at this entropy, or of a `new` point there. The further from the points,
-        the wider. It takes their deviations for independent and normal."""
+        the wider. It assumes that their deviations are independent and normal."""
         variance = new + 1 / self.points + (math.exp(entropy) - self.centre) ** 2 / self.spread
         return student(self.points - 2) * self.deviation * math.sqrt(variance)
 

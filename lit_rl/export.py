@@ -136,8 +136,8 @@ def export_checkpoint(
     base: str | None = None,
     packed: bool = False,
 ) -> None:
-    """Writes a Hugging Face folder from a Lightning checkpoint of any policy, and from nothing else; of several policies a
-    folder NAME inside `folder` each. With `packed` ternary layers stay in 2 bits, see `export_model`.
+    """Writes a Hugging Face folder from nothing but a Lightning checkpoint of any policy; for several policies, a folder
+    NAME inside `folder` for each. With `packed` ternary layers stay in 2 bits, see `export_model`.
 
     But for the frozen weights under adapters: they come from where the policy had them, or from `base`.
     """

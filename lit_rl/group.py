@@ -31,12 +31,11 @@ T = TypeVar("T")
 
 
 class Group(InnerLoop, Evaluated):
-    """Members that are policies, with models and tokenizers of their own. A method defines `prepare`, from what they learn.
+    """Members that are policies, each with its own model and tokenizer. A method defines `prepare`: what they learn from.
 
-    Each has its own random numbers (those of the first are what it would draw alone), its own group of AdamW's parameters
-    with its learning rate, a clipped gradient and a guard of its own, and what it logs has its name before it. Callbacks
-    with hooks of a rollout are copied, and a member is the policy that its copy sees. `export` and `lit-rl export` write a
-    folder for each.
+    Each has its own random numbers (the first one's are what it would draw alone), AdamW parameter group, learning rate,
+    gradient clipping and guard, and logs under its own name. Callbacks with rollout hooks are copied, and each copy sees
+    its member as the policy. `export` and `lit-rl export` write a folder for each.
 
     Args:
         members: The policies. They take their optimizer steps together.

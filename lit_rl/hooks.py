@@ -59,7 +59,7 @@ def call(trainer: L.Trainer, hook: str, *args: Any, module: L.LightningModule | 
 
 def refuse(module: Any, callbacks: Sequence[type], settings: Mapping[str, Any]) -> None:
     """Raises ConfigurationError when one of the callbacks does not work with the module or its settings, or beside another
-    one. All are classes, but that of a module made by a function may not be known yet: nothing is said of that."""
+    one. All are given as classes; that of a module made by a function may not be known yet, and is then not checked."""
     kinds = [kind for kind in (module, *callbacks) if isinstance(kind, type)]
     names = {kind.__name__: [base.__name__ for base in kind.__mro__] for kind in kinds}
     names |= {name: [name] for name, value in settings.items() if value}

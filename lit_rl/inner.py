@@ -1,4 +1,4 @@
-"""InnerLoop: one Trainer step is one experience, however many optimizer steps it affords."""
+"""InnerLoop: one Trainer step is one experience, however many optimizer steps are taken on it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class InnerLoop(L.LightningModule):
         self._check_precision()
 
     def _check_precision(self) -> None:
-        """Refuses weights in which AdamW cannot compute, and warns of such as its steps would leave as they are."""
+        """Refuses weights in which AdamW cannot compute, and warns of those that its steps would leave unchanged."""
         half = [p.detach() for p in self.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
         if any(p.dtype == torch.float16 for p in half):
             raise ConfigurationError(

@@ -60,7 +60,7 @@ class Sigmoid:
 
     def interval(self, loss: float, new: bool = False) -> float:
         """Half of the 95 % interval of the curve at this loss, or of a `new` point there, by the curve's derivatives. It
-        takes the points' deviations for independent and normal, and what bounds say for nothing."""
+        assumes independent, normal deviations of the points, and ignores what bounds say."""
         g = _derivatives(self.top - self.floor, self.slope, self.middle, np.array([loss]))[0]
         variance = float(new) + float(g @ np.array(self.covariance) @ g)
         return student(self.freedom) * self.deviation * math.sqrt(variance)

@@ -1,9 +1,9 @@
 """Maximal update parametrisation: the best learning rate of a narrow model is that of a wide one (arXiv 2203.03466).
 
 MiniCPM (arXiv 2404.06395, table 7) multiplies the embedding by scale_emb, each residual branch by scale_depth / sqrt(layers)
-and the logits by base_width / width. AdamW does not tell a weight w that is multiplied by m from a weight m w with m times the
-learning rate, an m-th of the weight decay and of eps. So the multipliers are in the weights here: the model is an ordinary one,
-which every engine runs and every format holds, and all that is left is how it begins and what each parameter's rate is.
+and the logits by base_width / width. To AdamW a weight w that is multiplied by m is the same as a weight m w with m times the
+learning rate and an m-th of the weight decay and eps. So the multipliers are in the weights here: the model is an ordinary one,
+which every engine runs and every format holds; only its initialisation and each parameter's rate differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MuP:
     differs from the ordinary parametrisation."""
 
     base_width: int = 256
-    """Hidden size at which the learning rate is what it is called."""
+    """Hidden size at which the learning rate is used as given."""
     scale_emb: float = 12.0
     """Multiplies the embedding."""
     scale_depth: float = 1.4

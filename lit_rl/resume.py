@@ -106,14 +106,14 @@ def newest(folders: Iterable[Path]) -> Path | None:
 
 
 def rank_state(trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What Lightning saves of rank 0 alone, and may be another on each rank."""
+    """What Lightning saves of rank 0 alone, though it may differ between ranks."""
     data = getattr(trainer, "datamodule", None)
     keys = ("callbacks", "loops", type(data).__qualname__)
     return {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
 def of_this_rank(trainer: L.Trainer, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """This rank's of all ranks' states, or nothing, with a warning where it matters, when there were other ranks."""
+    """This rank's state; nothing, with a warning where it matters, when the states are of another number of ranks."""
     if len(states) == trainer.world_size:
         return states[trainer.global_rank]
     if trainer.training:
@@ -127,7 +127,7 @@ def of_this_rank(trainer: L.Trainer, states: list[dict[str, Any]]) -> dict[str, 
 class ExactResume(L.Callback):
     """What a policy adds to the Trainer's callbacks. It comes after all others but those that save checkpoints.
 
-    While a checkpoint is evaluated the Trainer stands at its step, too, and what is recorded is of that.
+    While a checkpoint is evaluated, too, the Trainer stands at its step, and results are recorded at that step.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class ExactResume(L.Callback):
 
 
 def stand(trainer: L.Trainer, step: int, logged: int, epoch: int) -> tuple[int, int, int]:
-    """Has the Trainer count so many steps and epochs, and log at step `logged`. Returns what it was before."""
+    """Sets the Trainer's counts of steps and epochs, and the step `logged` to log at. Returns what they were before."""
     loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
     before = steps.completed, loop._batches_that_stepped, epochs.completed

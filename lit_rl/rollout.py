@@ -46,7 +46,7 @@ class Rollout(Policy):
         clip_high: And above 1 + clip_high.
         dual_clip: For negative advantages the loss is at most this times |advantage| (Ye et al. 2020); None is off.
         cap: Of CISPO's weight: an absolute value, at least 1.
-        kl_coef: Weight of the divergence from the reference policy, which is the policy before training; 0 needs none.
+        kl_coef: Weight of the divergence from the reference policy, which is the policy before training; 0 needs no reference.
         kl_estimator: Of that divergence (Schulman 2020; "k3+" has the value of k3 and the gradient of k2).
         kl_in_reward: Subtract it from the reward instead of adding it to the loss.
         entropy_coef: Weight of the entropy bonus.
@@ -60,14 +60,15 @@ class Rollout(Policy):
         overlong_factor: The penalty of the longest response.
         dynamic_sampling: Replace groups whose rewards are all equal by groups of further prompts, until the batch is full.
         max_rounds: How often dynamic sampling, or a batch that waits for its chunks, may ask for prompts, in all.
-        chunk: Chunk-wise rollout (MiniCPM4, arXiv 2506.07900, Algorithm 1): a round samples at most so many tokens of each
-            response. What is unfinished goes on in later rounds and steps, with the weights of then; a token's ratio is
-            taken against the weights that sampled it. Groups train when all their responses are finished, the oldest
+        chunk: Chunk-wise rollout (MiniCPM4, arXiv 2506.07900, Algorithm 1): a round samples at most this many tokens of each
+            response. Unfinished responses continue in later rounds and steps, with newer weights; a token's ratio is taken
+            against the weights that sampled it. Groups are trained on when all their responses are finished, the oldest
             first, as many as the batch has tasks; further prompts are begun while there are fewer. None is off.
         ahead: One-step-off rollout: a step's first round is sampled while the step before trains, on a thread, by a copy of
             the weights from before that step's update: "thread" on the same device, or the name of another. The first step
-            samples its own batch, and begins a further one; then each step trains on the batch before. A checkpoint holds
-            that batch, since nothing else has the weights that sample it, and so waits until it is sampled. None is off.
+            samples its own batch, and begins a further one; then each step trains on the batch begun one step before. A
+            checkpoint holds that batch, since nothing else has the weights that sample it, and waits until it is sampled.
+            None is off.
     """
 
     refused: ClassVar[dict[type[L.Callback], str]] = Policy.refused | {

@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
 
 
 def layers(module: nn.Module) -> dict[str, Any]:
-    """Its ternary layers by name, packed ones and such as train."""
+    """Its ternary layers by name, packed ones and those in training."""
     return {name: m for name, m in module.named_modules() if isinstance(m, TernaryLinear | PackedLinear)}
 
 
@@ -114,7 +114,7 @@ def groups(module: nn.Module) -> dict[str, int]:
 
 def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[str, int]:
     """The linear layers that can become ternary, and a group size for each: those that end with one of these names, or all
-    but the heads of language models. Only such as train; -1 is a group a row.
+    but the heads of language models. Only those that train; a group size of -1 is a whole row.
 
     Raises:
         ConfigurationError: adapters, no such layers, a name that is not there, or a group size that does not divide.
@@ -165,7 +165,7 @@ def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[
 
 @torch.no_grad()
 def convert(module: nn.Module, chosen: dict[str, int]) -> None:
-    """Makes these linear layers ternary, in place, each with its group size. What is so already stays."""
+    """Makes these linear layers ternary, in place, each with its group size. Those that are ternary already stay."""
     for name, group in chosen.items():
         layer: Any = module.get_submodule(name)
         if isinstance(layer, TernaryLinear):
@@ -194,7 +194,7 @@ def _unround(weight: Tensor, group: int) -> None:
 
 
 def refuse_without_callback(rounded: dict[str, int], callbacks: Sequence[Any]) -> None:
-    """Raises ConfigurationError for training that goes on with ternary layers, and would without what starts and watches them."""
+    """Raises ConfigurationError when training continues with ternary layers but without the callback that watches them."""
     if not any(getattr(callback, "trains_ternary", False) for callback in callbacks):
         sizes = ", ".join(map(str, sorted(set(rounded.values()))))
         raise ConfigurationError(

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @cache
 def warn_once(message: str) -> None:
-    """Whatever the filters of warnings say."""
+    """Warns once, even where a filter shows every warning."""
     warnings.warn(message)
 
 
@@ -36,7 +36,7 @@ def attempt(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Spare:
-    """Makes something of each item and leaves out those where that fails, unless it does so `IN_A_ROW` times."""
+    """Makes something of each item and leaves out those where that fails; an error once `IN_A_ROW` have failed in a row."""
 
     IN_A_ROW = 20
 

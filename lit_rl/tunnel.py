@@ -67,7 +67,7 @@ def _value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Fit:
-    """The objective that is the last `metric` of a `lit-rl fit` with these further words."""
+    """The objective: the last `metric` of a `lit-rl fit` with these further arguments."""
 
     words: tuple[str, ...]
     metric: str = "val/loss"

@@ -109,7 +109,7 @@ def transferred(records: list[Record], record: Record) -> float:
 
 
 def drift(records: list[Record]) -> Iterator[Record]:
-    """Of each arm and seed the power of the width that the best learning rate goes with."""
+    """For each arm and seed, the power of the width that the best learning rate follows."""
     for arm in ARMS:
         for seed in dict.fromkeys(r["seed"] for r in records):
             rates = [2 ** best(r)[0] for w in WIDTHS for r in of(records, name_of(arm, w)) if r["seed"] == seed]
@@ -131,7 +131,7 @@ def misses(record: Record) -> list[tuple[float, float]]:
 def tables(records: list[Record]) -> str:
     rates = [r for r in records if FOUND in r["curves"]]
     bench = [r for r in records if FOUND not in r["curves"]]
-    power = "power of the width that the best rate goes with"
+    power = "power of the width that the best rate follows"
     columns: Columns = {
         "log2 of the best learning rate": lambda r: best(r)[0],
         "loss with it": lambda r: best(r)[1],
