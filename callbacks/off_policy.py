@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rl import objectives, ranks
 from lit_rl.advantage import ADVANTAGES, group_mean
@@ -91,7 +90,7 @@ class OffPolicyMixing(RLCallback):
             why = "its tasks have no `responses`, and no file of `traces` is given"
             if self.traces is not None:
                 why = f"{self.traces} knows none of its tasks' ids and prompts, but such as {next(iter(self._known))!r}"
-            rank_zero_warn(f"a step without any demonstration: {why}")
+            policy.warn("skipped/no_trace", f"a step without any demonstration: {why}.")
         more = policy.demonstrations(tasks, policy.sampling.max_new_tokens)
         more.verdicts = policy.score([x.tasks[g] for g in more.group.tolist()], more.texts)
         more.rewards = torch.tensor([v.score for v in more.verdicts], dtype=torch.float32)

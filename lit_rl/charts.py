@@ -94,7 +94,7 @@ def charts(curves: dict[str, Points]) -> str:
     groups = {title: [take(*chart) for chart in group.items()] for title, group in FURTHER.items()}
     groups["Everything else"] = [take(re.escape(name), "", name) for name in list(left)]
     note = f"Over {SMOOTH_FROM} steps, the pale line is each step; the strong one, whose numbers are given, is their"
-    note += " moving average. Every y axis holds zero."
+    note += " moving average. Every y axis includes zero."
     return f'<p class="dim">{note}</p><div class="grid">{"".join(main)}</div>' + "".join(
         f'<details class="group"><summary>{title}</summary><div class="grid">{"".join(group)}</div></details>'
         for title, group in groups.items()
@@ -163,7 +163,7 @@ def pair(entropy: Points, reward: Points) -> Points:
 def axes(
     label: str, first: float, end: float, values: list[float], smallest: float = 0.0
 ) -> tuple[list[str], Scale, Scale]:
-    """Grid and labels, and the scales from numbers to pixels. The y axis holds zero and all finite values."""
+    """Grid and labels, and the scales from numbers to pixels. The y axis includes zero and all finite values."""
     low, high = min([0.0, *values]), max([0.0, *values])
     grid = ticks(low, high if high > low else 1.0)
 

@@ -11,7 +11,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_rl import adapters, hooks, models, objectives, rounds
@@ -215,10 +214,10 @@ class Rollout(Policy):
         x.advantages = ADVANTAGES[self.advantage](x.rewards, x.group, x.mask, x.valid)
         hooks.call(self.trainer, "on_advantage", x, module=self)
         if len(x) and not x.advantages.any():
-            rank_zero_warn(
-                "in one step the responses to each prompt were rewarded alike, and taught nothing. Where many steps are so (see"
-                " reward, and groups/no_signal of RolloutStats), the tasks are too hard or too easy for the policy: change"
-                " them, warm-start it by SFT, or raise `group`. This message comes once."
+            self.warn(
+                "groups/no_signal",
+                "in one step the responses to each prompt were rewarded alike, and taught nothing. Where many steps are so, the"
+                " tasks are too hard or too easy for the policy: change them, warm-start it by SFT, or raise `group`.",
             )
         if self.mask_truncated:
             x.mask &= ~x.truncated[:, None]

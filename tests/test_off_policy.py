@@ -299,8 +299,10 @@ def test_other_mistakes():
     ):
         run(SFT("tiny"))
     write("t.jsonl")
-    with pytest.warns(UserWarning, match="t.jsonl knows none of its tasks' ids and prompts, but such as 'id 0'"):
-        run(callback=OffPolicyMixing("t.jsonl"), data=Letters())
+    message = "t.jsonl knows none of its tasks' ids and prompts, but such as 'id 0'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        run(callback=OffPolicyMixing("t.jsonl"), data=Letters(), max_steps=2)
+    assert sum(message in str(w.message) for w in caught) == 1
 
 
 def test_resume_is_exact():
