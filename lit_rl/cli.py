@@ -122,6 +122,7 @@ class SaveConfig(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{getattr(stage, 'value', stage)}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
+            self.already_saved = True
             if logger := run.wandb_logger(trainer):
                 content = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
                 logger.log_hyperparams({Path(name).stem: content})
@@ -130,6 +131,12 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         run.rewind(trainer)  # a policy does so itself
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A run that never began leaves its folder free for the one that is begun rightly."""
+        folder = run.folder(trainer)
+        if self.already_saved and [path.name for path in folder.iterdir()] == ["config.yaml"]:
+            (folder / "config.yaml").unlink()
 
 
 class CLI(LightningCLI):

@@ -207,6 +207,7 @@ def test_what_shows_only_when_all_is_set_up_is_explained_too(words, message, cap
     code, text = run(capsys, "fit", "--config", recipe, "--config", "tiny", *options, "--run", "r")
     assert code.startswith(f"lit-rl: {message}")
     assert "Traceback" not in text
+    assert not Path("r").exists() or not list(Path("r").iterdir())  # the folder is free for the next try
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
