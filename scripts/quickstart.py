@@ -15,6 +15,7 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+import transformers
 
 from lit_rl import GRPO, SFT, Sampling
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
@@ -35,6 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    transformers.logging.disable_progress_bar()
     if args.run.exists():
         shutil.rmtree(args.run)
     L.seed_everything(args.seed, verbose=False)

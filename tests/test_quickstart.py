@@ -34,3 +34,4 @@ def test_quickstart_script(tmp_path):
     assert "<svg" in (tmp_path / "q/report.html").read_text()
     assert (tmp_path / "q/model/model.safetensors").exists()
     assert "mean held-out pass@1" in done.stdout
+    assert "0%|" not in done.stderr  # bars of files that take no time
