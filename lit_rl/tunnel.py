@@ -79,9 +79,12 @@ class Fit:
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         run_cli(resolve(["fit", *self.words, *words, "--run", str(folder), *quiet]))
-        found = [row[self.metric] for row in jsonl.read(folder / "metrics.jsonl") if self.metric in row]
+        rows = jsonl.read(folder / "metrics.jsonl")
+        found = [row[self.metric] for row in rows if self.metric in row]
         if not found:
-            raise ValueError(f"{folder} has logged no {self.metric}: is there a validation, and is that its name?")
+            names = ", ".join(sorted({name for row in rows for name in row if name.startswith("val/")}))
+            known = f"--metric may be {names}" if names else "it has had no validation"
+            raise ValueError(f"{folder} has logged no {self.metric}: {known}")
         return -found[-1] if self.maximize else found[-1]
 
 

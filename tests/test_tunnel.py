@@ -197,7 +197,7 @@ def test_on_the_command_line(capsys):
         (("--search", "model.lrr=1,2", "--narrow", "tiny", "--", *SHORT), "Did you mean lr instead of lrr"),
         (
             ("--search", "model.lr=1,2", "--narrow", "tiny", "--metric", "val/lss", "--", *SHORT),
-            "has logged no val/lss",
+            "has logged no val/lss: --metric may be val/length, val/loss, val/pass@1",
         ),
     ],
 )
