@@ -38,8 +38,8 @@ class Policy(InnerLoop, Actor):
         decay_share: Share of the steps in which "wsd" falls.
         epochs: Passes over each experience.
         minibatches: Optimizer steps a pass; a group is never divided between two.
-        microbatch_tokens: Tokens in one forward and backward, those of a prompt that responses share counted once: lower it
-            when memory runs out, the gradient stays the same.
+        microbatch_tokens: Tokens in one forward and backward at most, those of a prompt that responses share counted once: lower
+            it when memory runs out, the gradient stays the same. (A CPU gets an eighth of them at a time, which is as fast.)
         gradient_checkpointing: Trades time for memory.
         mup: Learning rates that hold for any width of the model, and weights to begin with where it is made, not loaded.
             The folder of such a model, loaded with the same `mup`, goes on as it began. None is the ordinary one.
