@@ -144,7 +144,8 @@ def export_checkpoint(
     path = Path(checkpoint)
     file = path / "meta.pt" if path.is_dir() else path  # a folder holds shards of the weights, and the rest there
     if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        last = path / "checkpoints" / "last.ckpt"
+        raise FileNotFoundError(f"there is no checkpoint {path}" + (f": did you mean {last}?" if last.exists() else ""))
     if not whole(path):
         raise ValueError(f"{path} is damaged: cut short, or not a checkpoint")
     content = torch.load(file, map_location="cpu", weights_only=True)

@@ -298,8 +298,12 @@ def test_a_checkpoint_holds_no_objects_and_exports_alone():
     module = policy(generator=NativeGenerator(plain.eos, 0, plain.decode, max_rows=8))
     run = trainer(max_steps=1)
     run.fit(module, Letters())
-    run.save_checkpoint("x.ckpt")
-    export_checkpoint("x.ckpt", "exported")
+    run.save_checkpoint("run/checkpoints/last.ckpt")
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no checkpoint run: did you mean run/checkpoints/last.ckpt\?"
+    ):
+        export_checkpoint("run", "exported")
+    export_checkpoint("run/checkpoints/last.ckpt", "exported")
     assert torch.equal(weights(Rollout("exported")), weights(module))
 
 
