@@ -39,7 +39,7 @@ def row(name: str, value: object, run: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2, help="measured in each process, after one that is not")
-    parser.add_argument("--only", nargs="+", choices=[*POINTS, "smollm2"], default=[*POINTS, "smollm2"])
+    parser.add_argument("--only", nargs="+", choices=[*POINTS, "smollm2-short"], default=[*POINTS, "smollm2-short"])
     args = parser.parse_args()
     known: dict[str, dict[str, Any]] = {}
     print("| grows | to | step, s | generation, s | training, s | µs a response token | memory, MB | program, s |")
