@@ -114,6 +114,8 @@ class Parser(LightningArgumentParser):
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder, and keeps a run from mixing with another."""
 
+    written: Path | None = None
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run.folder(trainer)
         if stage == "fit" and isinstance(trainer.logger, RunLogger) and self.config.get("ckpt_path") is None:
@@ -122,7 +124,7 @@ class SaveConfig(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             name = "config.yaml" if stage == "fit" else f"config_{getattr(stage, 'value', stage)}.yaml"
             self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
-            self.already_saved = True
+            self.written = folder / name
             if logger := run.wandb_logger(trainer):
                 content = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
                 logger.log_hyperparams({Path(name).stem: content})
@@ -134,9 +136,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A run that never began leaves its folder free for the one that is begun rightly."""
-        folder = run.folder(trainer)
-        if self.already_saved and [path.name for path in folder.iterdir()] == ["config.yaml"]:
-            (folder / "config.yaml").unlink()
+        if self.written and [*self.written.parent.iterdir()] == [self.written]:  # to ask for the folder takes all ranks
+            self.written.unlink()
 
 
 class CLI(LightningCLI):
