@@ -195,7 +195,8 @@ class Policy(InnerLoop, Actor):
         return (x.weights != 0).any(1)
 
     def slices(self, x: Experience, rows: Tensor) -> list[Experience]:
-        """Cuts rows into slices of about equally long groups, each within `microbatch_tokens` unless one row exceeds it."""
+        """Cuts rows into slices of about equally long groups, each within `microbatch_tokens` unless a row, or
+        a group that is not to be divided, exceeds it."""
         pads = self.token_terms.pads(self.device)
         lengths, prompts = x.lengths.tolist(), x.starts.tolist()
         units: list[tuple[int, list[int]]] = []  # (tokens, rows): groups, or parts of those that are too large

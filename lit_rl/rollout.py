@@ -163,8 +163,7 @@ class Rollout(Policy):
             try:
                 torch.empty(0, device=None if ahead == "thread" else ahead)
             except (RuntimeError, AssertionError) as error:
-                message = str(error).splitlines()[0]
-                raise ValueError(f"ahead is {ahead}: it must be thread, or a device that is here ({message})") from None
+                require(False, "ahead", ahead, f"thread, or a device that is here ({str(error).splitlines()[0]})")
 
     # ---------------------------------------------------------------- tasks to experience
 

@@ -91,6 +91,15 @@ def test_a_slice_holds_what_the_model_is_fed(layout, limit, slices):
     assert sum(map(len, parts)) == 8
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [2, 2]), ("cuda:0", [4])])
+def test_on_a_cpu_a_slice_is_full_at_an_eighth(device, sizes):
+    module = policy(microbatch_tokens=1000)
+    module.model.to(torch.bfloat16)  # in which a GPU packs without padding
+    module._device, module.token_terms._layout = torch.device(device), packed_layout
+    x = build([[1] * 60] * 8, [[2] * 10] * 8, [0, 0, 1, 1, 2, 2, 3, 3], [])  # 80 tokens a group
+    assert [len(part.group.unique()) for part in module.slices(x, torch.arange(8))] == sizes
+
+
 def test_accumulate_grad_batches_is_refused():
     with pytest.raises(MisconfigurationException, match=r"accumulate_grad_batches is 2: .*microbatch_tokens"):
         trainer(accumulate_grad_batches=2).fit(policy(), Letters())
