@@ -5,6 +5,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ logging.raiseExceptions = False  # handlers that outlive a captured stream
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """No test writes into the checkout, and one test's global seed and ranks are not another's."""
+    """No test writes into the checkout, and one test's global seed, ranks and modules are not another's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     before = dict(os.environ)
@@ -21,6 +23,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     for name in os.environ.keys() - before.keys():  # such as LOCAL_RANK, with which a command starts no further ranks
         if not name.startswith("WANDB_"):  # its process is the same for all tests
             del os.environ[name]
+    for name, module in list(sys.modules.items()):  # another test may have a module of the same name
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(tmp_path):
+            del sys.modules[name]
     import torch.distributed as dist
 
     if dist.is_initialized():  # what is forked by a later test would wait for others in it
