@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +10,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as L
 import torch
 
-from lit_rl import objectives, ranks
+from lit_rl import jsonl, objectives, ranks
 from lit_rl.advantage import ADVANTAGES, group_mean
 from lit_rl.checks import ConfigurationError, require
 from lit_rl.experience import Experience, Terms
@@ -142,7 +140,7 @@ class OffPolicyMixing(RLCallback):
 def read_traces(path: Path) -> dict[str, list[str]]:
     """Demonstrations by the task's id and by its prompt; ConfigurationError names the record that is not one."""
     traces: dict[str, list[str]] = defaultdict(list)
-    for number, record in enumerate(_records(path), 1):
+    for number, record in enumerate(jsonl.records(path), 1):
         try:
             response = record["response"] if "response" in record else record["target"]
             text = response if isinstance(response, str) else response[-1]["content"]
@@ -161,23 +159,3 @@ def read_traces(path: Path) -> dict[str, list[str]]:
             traces[key].append(text)
     require(bool(traces), "traces", path, "a file with demonstrations: this one is empty")
     return dict(traces)
-
-
-def _records(path: Path) -> Iterator[Any]:
-    if path.suffix != ".parquet":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
-        return
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ConfigurationError(
-            f"to read {path}, install pyarrow, or give the demonstrations as JSON lines"
-        ) from error
-    for batch in ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()

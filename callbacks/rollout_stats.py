@@ -24,7 +24,7 @@ SAMPLE = 2**20
 class RolloutStats(RLCallback):
     """Logs, each step, of the responses that the policy sampled:
 
-    - reward/FAMILY, and reward_std, with whatever shaping the rewards have;
+    - reward/FAMILY, and reward_std, with whatever shaping the rewards have; score/PART of verdicts with named parts;
     - groups/no_signal (no advantage, hence no gradient), groups/all_right, groups/all_wrong, invalid (verifier failures);
     - length/mean, length/max, length/truncated (share that met the limit);
     - ratio/p1, /p50, /p99 of policy to old policy, clip_fraction, ess (effective sample size of the ratios, 1 is on-policy);
@@ -68,11 +68,13 @@ class RolloutStats(RLCallback):
             "length/max": float(lengths.max()),
             "length/truncated": float(x.truncated.float().mean()),
         }
-        families: dict[str, list[float]] = defaultdict(list)
-        for g, reward, valid in zip(x.group.tolist(), x.rewards.tolist(), x.valid.tolist(), strict=True):
-            if valid:
-                families[x.tasks[g].family or "all"].append(reward)
-        self._numbers |= {f"reward/{name}": mean(values) for name, values in families.items()}
+        named: dict[str, list[float]] = defaultdict(list)
+        for i, (g, reward) in enumerate(zip(x.group.tolist(), x.rewards.tolist(), strict=True)):
+            if x.valid[i]:
+                named[f"reward/{x.tasks[g].family or 'all'}"].append(reward)
+                for name, part in x.verdicts[i].parts.items():
+                    named[f"score/{name}"].append(part)
+        self._numbers |= {name: mean(values) for name, values in named.items()}
 
     def on_loss(self, trainer: L.Trainer, policy: L.LightningModule, experience: Experience, terms: Terms) -> None:
         counted = (terms.weights != 0) & ~experience.off_policy[:, None]

@@ -6,6 +6,7 @@ from typing import Any
 _PUBLIC = {
     "TaskData": "base",
     "Bootcamp": "bootcamp",
+    "Prompts": "prompts",
     "ReasoningGym": "reasoning_gym",
     "Text": "text",
     "Vowels": "vowels",

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import lit_rl.callbacks
 import lit_rl.datamodules
-from lit_rl import hooks, methods, ranks, resume, run
+from lit_rl import hooks, methods, ranks, resume, run, trl_names
 from lit_rl.adapters import LoRA
 from lit_rl.commands import COMMANDS, recipe_paths
 from lit_rl.generation.base import Sampling
@@ -77,7 +77,9 @@ def explain(message: str) -> str:
     options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)
     for word in dict.fromkeys(w.rpartition(".")[2] for w in asked):
-        if word not in options and (close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7)):
+        if word in trl_names.OURS:
+            message += f"\nTRL's {word} is {trl_names.OURS[word]} here."
+        elif word not in options and (close := get_close_matches(word, [*classes, *options], n=2, cutoff=0.7)):
             message += f"\nDid you mean {' or '.join(close)} instead of {word}?"
     return message
 

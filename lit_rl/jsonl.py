@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines, which a resumed run continues exactly. Standard library only."""
+"""Files of records: a run's own, of JSON lines, which are appended to and continued exactly; and those a user gives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lit_rl.checks import ConfigurationError
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -45,6 +47,27 @@ def line(record: dict[str, Any]) -> bytes:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file, none when there is no file; a line that a crash cut short is left out."""
     return [record for _, record in _lines(path)]
+
+
+def records(path: Path | str) -> Iterator[Any]:
+    """Those of a file that a user gives, JSON lines or (if pyarrow is installed) Parquet; ConfigurationError names the line that
+    is not JSON."""
+    path = Path(path)
+    if path.suffix != ".parquet":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
+        return
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigurationError(f"to read {path}, install pyarrow, or give it as JSON lines") from error
+    for batch in ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
 
 
 def rewind(path: Path, step: int) -> None:

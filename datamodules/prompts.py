@@ -1,0 +1,216 @@
+"""Prompts: tasks from files of your own, judged by their right answers or by reward functions."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc import ErrorDuringImport, locate
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_rl import jsonl
+from lit_rl.checks import ConfigurationError, require
+from lit_rl.task import Message, Task, Verdict
+
+from .base import TaskData
+from .families.answers import AnswerError, Rational, Text, extract, undress, wrap
+
+HINT = f"End with {wrap('the answer')}."
+
+
+class Prompts(TaskData):
+    """Tasks from files of records, JSON lines or (if pyarrow is installed) Parquet: each has a prompt, and its right answer or
+    what reward functions need. Training leaves out prompts that are held out too.
+
+    Args:
+        train: The file of training records.
+        validation: That of the records looked at in training; None for none.
+        test: And of those that `test` evaluates; None for none.
+        prompt: The field of the prompt: text, or a list of chat messages.
+        answer: The field of the right answer: a number or text, as it is or after "####" (as in GSM8K). A response is right
+            when its last `<answer>` block or, without one, its last \\boxed{} says the same: numbers are compared exactly, as
+            fractions, and other texts without case and white space around.
+        rewards: Import paths of reward functions as TRL's are: `f(prompts, completions, **fields)`, with lists of one (of
+            messages where the prompt is of messages), returns a list of one number, or of None where it does not apply. Their
+            sum is the reward, and a response of at least 1 counts as right. In place of `answer`.
+        unlabelled: Training records have no right answers, for MajorityVote and RLCCF, which vote for them.
+        response: The field of a worked solution (for SFT and OffPolicyMixing): text, or a list of texts.
+        hint: Whether prompts end by saying how to give the answer; where `rewards` judge, they do not.
+        kwargs: As in TaskData.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | None = None,
+        test: str | None = None,
+        *,
+        prompt: str = "prompt",
+        answer: str | None = None,
+        rewards: list[str] = [],  # noqa: B006  (never changed in place)
+        unlabelled: bool = False,
+        response: str | None = None,
+        hint: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.files = {"train": train, "validation": validation, "test": test}
+        for name, file in self.files.items():
+            require(file is None or Path(file).is_file(), name, file, "a file")
+        limit = "left out where there are `rewards`, which judge by themselves"
+        require(answer is None or not rewards, "answer", answer, limit)
+        what = (
+            "the field of the right answer, or left out for `rewards`, a `response`, or prompts that are `unlabelled`"
+        )
+        require(bool(answer or rewards or response or unlabelled), "answer", answer, what)
+        require(not unlabelled or not rewards, "unlabelled", unlabelled, "false where `rewards` judge")
+        self.prompt, self.answer, self.unlabelled, self.response, self.hint = prompt, answer, unlabelled, response, hint
+        self.rewards = tuple(map(function, rewards))
+        self._tasks: dict[str, list[Task]] = {}
+
+    def setup(self, stage: str) -> None:
+        split = {"validate": "validation", "test": "test", "predict": self.predict}.get(stage, "train")
+        require(self.files[split] is not None, split, None, f"a file of records, to {getattr(stage, 'value', stage)}")
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in self._tasks:
+            self._tasks[split] = self._read(split)
+        return self._tasks[split]
+
+    def _read(self, split: str) -> list[Task]:
+        file = self.files[split]
+        if file is None:
+            return []
+        made = [
+            self._task(record, f"record {i} of {file}", split, i) for i, record in enumerate(jsonl.records(file), 1)
+        ]
+        require(bool(made), split, file, "a file with records: this one is empty")
+        if split != "train":
+            return made
+        held_out = {task.text() for other in ("validation", "test") for task in self.tasks(other)}
+        kept = [task for task in made if task.text() not in held_out]
+        if len(kept) < len(made):
+            rank_zero_info(
+                f"{len(made) - len(kept)} of {len(made)} records of {file} are held out too: they are left out."
+            )
+        return kept
+
+    def _task(self, record: Any, where: str, split: str, number: int) -> Task:
+        def field(name: str) -> Any:
+            if not isinstance(record, dict) or record.get(name) is None:
+                known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise ConfigurationError(f"{where} has no {name!r}, but {known}: name the field that it has")
+            return record[name]
+
+        prompt = field(self.prompt)
+        score: Right | Rewarded | None = None
+        responses: list[str] = []
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise ConfigurationError(
+                f"{where} has no prompt in {self.prompt!r}: expected text, or messages that end with a user's"
+            )
+        if self.unlabelled and split == "train":
+            score = Right(None)
+        elif self.answer is not None:
+            try:
+                score = Right(_value(str(field(self.answer)).rpartition("####")[2]))
+            except AnswerError as error:
+                raise ConfigurationError(f"{where} has no right answer in {self.answer!r}: {error}") from error
+        elif self.rewards:
+            score = Rewarded(
+                self.rewards, prompt, {k: v for k, v in record.items() if k not in ("prompts", "completions")}
+            )
+        if self.response is not None:
+            given = field(self.response)
+            responses = [given] if isinstance(given, str) else list(given)
+        if self.hint and isinstance(score, Right):
+            prompt = _hinted(prompt)
+        return Task(prompt, score, responses, family=Path(self.files[split] or "").stem, id=f"{split}/{number}")
+
+
+@dataclass
+class Right:
+    """Judges a response by a known answer, or says only what it answers; picklable."""
+
+    answer: str | None
+
+    def __call__(self, text: str) -> Verdict:
+        try:
+            given = _value(_final(text))
+        except AnswerError as error:
+            return Verdict(False, 0.0, None, str(error))
+        right = given == self.answer
+        reason = "the right answer is not known" if self.answer is None else "" if right else "wrong answer"
+        return Verdict(right, float(right), given, reason)
+
+
+@dataclass
+class Rewarded:
+    """Judges a response by reward functions with TRL's signature; picklable where they are."""
+
+    functions: Sequence[Callable[..., Sequence[float | None]]]
+    prompt: str | list[Message]
+    fields: dict[str, Any]
+
+    def __call__(self, text: str) -> Verdict:
+        completion = text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
+        fields = {name: [value] for name, value in self.fields.items()}
+        parts = {}
+        for f in self.functions:
+            (reward,) = f(prompts=[self.prompt], completions=[completion], **fields)
+            if reward is not None:
+                parts[f.__name__] = reward
+        return Verdict.of(parts or None)
+
+
+def function(path: str) -> Callable[..., Any]:
+    """A function by its import path; raises ConfigurationError."""
+    try:
+        found = locate(path)
+    except ErrorDuringImport as error:
+        raise ConfigurationError(f"rewards has {path}, which cannot be imported: {error}") from error
+    what = "a function that can be imported, such as mine.reward in a file mine.py in the working directory"
+    require(callable(found), "rewards", path, what)
+    require(not inspect.iscoroutinefunction(found), "rewards", path, "an ordinary function, not an async one")
+    return found  # type: ignore[return-value]
+
+
+def _is_chat(prompt: Any) -> bool:
+    messages = isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    )
+    return messages and bool(prompt) and prompt[-1]["role"] != "assistant"
+
+
+def _hinted(prompt: str | list[Message]) -> str | list[Message]:
+    if isinstance(prompt, str):
+        return f"{prompt}\n{HINT}"
+    return [*prompt[:-1], prompt[-1] | {"content": f"{prompt[-1]['content']}\n{HINT}"}]
+
+
+def _final(text: str) -> str:
+    """What a response ends by answering; raises AnswerError."""
+    try:
+        return extract(text)
+    except AnswerError:
+        said = text.rpartition("</think>")[2]
+        _, boxed, rest = said.rpartition("\\boxed{")
+        depth = 1
+        for i, c in enumerate(rest if boxed and "<think>" not in said else ""):
+            depth += (c == "{") - (c == "}")
+            if not depth:
+                return rest[:i]
+        raise
+
+
+def _value(text: str) -> str:
+    """The canonical form of an answer; raises AnswerError where there is none."""
+    text = undress(text)
+    try:
+        return Rational().parse(re.sub(r"\A\\?\$|\\?%\Z", "", text))
+    except AnswerError:
+        return Text(fold=True).parse(text)
