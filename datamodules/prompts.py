@@ -19,6 +19,8 @@ from lit_rl.task import Message, Task, Verdict
 from .base import TaskData
 from .families.answers import AnswerError, Rational, Text, extract, undress, wrap
 
+TRL_OWN = "prompts", "completions", "prompt", "completion"
+"""Names of a reward function's arguments that no field of a record takes."""
 HINT = f"End with {wrap('the answer')}."
 
 
@@ -34,10 +36,11 @@ class Prompts(TaskData):
         answer: The field of the right answer: a number or text, as it is or after "####" (as in GSM8K). A response is right
             when its last `<answer>` block or, without one, its last \\boxed{} says the same: numbers are compared exactly, as
             fractions, and other texts without case and white space around.
-        rewards: Import paths of reward functions as TRL's are: `f(prompts, completions, **fields)`, with lists of one (of
+        rewards: Reward functions, or their import paths, as TRL's are: `f(prompts, completions, **fields)`, with lists of one (of
             messages where the prompt is of messages), returns a list of one number, or of None where it does not apply. Their
             sum is the reward, and a response of at least 1 counts as right. In place of `answer`.
         unlabelled: Training records have no right answers, for MajorityVote and RLCCF, which vote for them.
+        family: The field by which results are reported, such as the source of a record; None: the file's name.
         response: The field of a worked solution (for SFT and OffPolicyMixing): text, or a list of texts.
         hint: Whether prompts end by saying how to give the answer; where `rewards` judge, they do not.
         kwargs: As in TaskData.
@@ -51,9 +54,10 @@ class Prompts(TaskData):
         *,
         prompt: str = "prompt",
         answer: str | None = None,
-        rewards: list[str] = [],  # noqa: B006  (never changed in place)
+        rewards: list[str | Callable[..., Any]] = [],  # noqa: B006  (never changed in place)
         unlabelled: bool = False,
         response: str | None = None,
+        family: str | None = None,
         hint: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -68,7 +72,8 @@ class Prompts(TaskData):
         )
         require(bool(answer or rewards or response or unlabelled), "answer", answer, what)
         require(not unlabelled or not rewards, "unlabelled", unlabelled, "false where `rewards` judge")
-        self.prompt, self.answer, self.unlabelled, self.response, self.hint = prompt, answer, unlabelled, response, hint
+        self.prompt, self.answer, self.unlabelled = prompt, answer, unlabelled
+        self.response, self.family, self.hint = response, family, hint
         self.rewards = tuple(map(function, rewards))
         self._tasks: dict[str, list[Task]] = {}
 
@@ -85,51 +90,39 @@ class Prompts(TaskData):
         file = self.files[split]
         if file is None:
             return []
-        made = [
-            self._task(record, f"record {i} of {file}", split, i) for i, record in enumerate(jsonl.records(file), 1)
-        ]
+        made = []
+        for number, record in enumerate(jsonl.records(file), 1):
+            try:
+                made.append(self._task(record, split, number))
+            except ValueError as error:
+                raise ConfigurationError(f"record {number} of {file} {error}") from error
         require(bool(made), split, file, "a file with records: this one is empty")
         if split != "train":
             return made
         held_out = {task.text() for other in ("validation", "test") for task in self.tasks(other)}
         kept = [task for task in made if task.text() not in held_out]
         if len(kept) < len(made):
-            rank_zero_info(
-                f"{len(made) - len(kept)} of {len(made)} records of {file} are held out too: they are left out."
-            )
+            left_out = len(made) - len(kept)
+            rank_zero_info(f"{left_out} of {len(made)} records of {file} are held out too: they are left out.")
         return kept
 
-    def _task(self, record: Any, where: str, split: str, number: int) -> Task:
-        def field(name: str) -> Any:
-            if not isinstance(record, dict) or record.get(name) is None:
-                known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ConfigurationError(f"{where} has no {name!r}, but {known}: name the field that it has")
-            return record[name]
-
-        prompt = field(self.prompt)
-        score: Right | Rewarded | None = None
-        responses: list[str] = []
+    def _task(self, record: Any, split: str, number: int) -> Task:
+        """Raises ValueError that says what is wrong with the record."""
+        prompt, score = _field(record, self.prompt), None
         if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise ConfigurationError(
-                f"{where} has no prompt in {self.prompt!r}: expected text, or messages that end with a user's"
-            )
-        if self.unlabelled and split == "train":
-            score = Right(None)
-        elif self.answer is not None:
-            try:
-                score = Right(_value(str(field(self.answer)).rpartition("####")[2]))
-            except AnswerError as error:
-                raise ConfigurationError(f"{where} has no right answer in {self.answer!r}: {error}") from error
-        elif self.rewards:
-            score = Rewarded(
-                self.rewards, prompt, {k: v for k, v in record.items() if k not in ("prompts", "completions")}
-            )
-        if self.response is not None:
-            given = field(self.response)
-            responses = [given] if isinstance(given, str) else list(given)
-        if self.hint and isinstance(score, Right):
-            prompt = _hinted(prompt)
-        return Task(prompt, score, responses, family=Path(self.files[split] or "").stem, id=f"{split}/{number}")
+            raise ValueError(f"has no prompt in {self.prompt!r}: expected text, or messages that end with a user's")
+        if self.rewards:
+            score = Rewarded(self.rewards, prompt, {k: v for k, v in record.items() if k not in TRL_OWN})
+        elif self.answer or self.unlabelled:
+            known = self.answer and not (self.unlabelled and split == "train")
+            score = Right(_gold(record, self.answer) if known else None)
+            prompt = _hinted(prompt) if self.hint else prompt
+        responses = [] if self.response is None else _field(record, self.response)
+        responses = [responses] if isinstance(responses, str) else responses
+        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+            raise ValueError(f"has no worked solution in {self.response!r}: expected text, or a list of texts")
+        family = str(_field(record, self.family)) if self.family else Path(self.files[split] or "").stem
+        return Task(prompt, score, responses, family=family, id=f"{split}/{number}")
 
 
 @dataclass
@@ -167,16 +160,30 @@ class Rewarded:
         return Verdict.of(parts or None)
 
 
-def function(path: str) -> Callable[..., Any]:
-    """A function by its import path; raises ConfigurationError."""
+def function(path: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A function, or the one that an import path names; raises ConfigurationError."""
     try:
-        found = locate(path)
+        found = locate(path) if isinstance(path, str) else path
     except ErrorDuringImport as error:
         raise ConfigurationError(f"rewards has {path}, which cannot be imported: {error}") from error
     what = "a function that can be imported, such as mine.reward in a file mine.py in the working directory"
     require(callable(found), "rewards", path, what)
     require(not inspect.iscoroutinefunction(found), "rewards", path, "an ordinary function, not an async one")
     return found  # type: ignore[return-value]
+
+
+def _field(record: Any, name: str) -> Any:
+    if not isinstance(record, dict) or record.get(name) is None:
+        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"has no {name!r}, but {known}: name the field that it has")
+    return record[name]
+
+
+def _gold(record: Any, name: str) -> str:
+    try:
+        return _value(str(_field(record, name)).rpartition("####")[2])
+    except AnswerError as error:
+        raise ValueError(f"has no right answer in {name!r}: {error}") from error
 
 
 def _is_chat(prompt: Any) -> bool:

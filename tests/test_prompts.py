@@ -5,6 +5,7 @@ import pickle
 import sys
 from fractions import Fraction
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 from hypothesis import given
@@ -135,6 +136,8 @@ def test_trl_functions_get_what_trl_gives_them(mine):
         written("sums.jsonl", SUMS), prompt="question", rewards=["mine.vowels", "mine.short", "mine.of_digits"]
     )
     score = pickle.loads(pickle.dumps(data.tasks("train")[3])).score
+    by_function = Prompts("sums.jsonl", prompt="question", rewards=[locate("mine.vowels")]).tasks("train")[3]
+    assert by_function.score("aeb").score == 2 / 3
     assert score("aeb").parts == {"vowels": 2 / 3, "short": -0.03}
     assert score("12").parts == {"vowels": 0, "short": -0.02, "of_digits": 2.0}
     assert score("12").score == 1.98
@@ -155,6 +158,9 @@ def test_held_out_records_are_not_trained_on():
     questions = [{task.text() for task in data.tasks(split)} for split in ("train", "validation", "test")]
     assert list(map(len, questions)) == [15, 5, 0]
     assert not questions[0] & questions[1]
+    assert {task.family for task in data.tasks("train")} == {"train"}
+    by_answer = Prompts(train, prompt="question", answer="answer", family="answer").tasks("train")
+    assert [task.family for task in by_answer] == [record["answer"] for record in SUMS]
     assert len({task.key() for split in ("train", "validation") for task in data.tasks(split)}) == 20
 
 
@@ -189,6 +195,11 @@ def test_without_pyarrow_parquet_is_refused(monkeypatch):
         ),
         ([{"prompt": 3, "answer": 1}], {}, "record 1 of r.jsonl has no prompt in 'prompt': expected text, or messages"),
         ([{"prompt": [{"role": "assistant", "content": "?"}], "answer": 1}], {}, "messages that end with a user's"),
+        (
+            [{"prompt": "?", "answer": 1, "s": [2]}],
+            {"response": "s"},
+            "record 1 of r.jsonl has no worked solution in 's'",
+        ),
         ([["?", 1]], {}, "record 1 of r.jsonl has no 'prompt', but list"),
         ([], {}, "train is r.jsonl: it must be a file with records: this one is empty"),
         ([], {"answer": None}, "answer is None: it must be the field of the right answer, or left out for `rewards`"),
