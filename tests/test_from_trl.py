@@ -62,9 +62,9 @@ def test_trls_names_are_answered_with_ours(words, hint, capsys):
     assert hint in text
 
 
-def test_the_command_trains(monkeypatch, capsys):
-    """The page's own command line and reward function, on a model that is here."""
-    (function,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+def test_the_command_and_the_script_train(monkeypatch, capsys):
+    """The page's own command line, script and reward function, on a model that is here."""
+    function, script = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (command,) = re.findall(r"```bash\nlit-rl (.*?)```", PAGE, re.DOTALL)
     Path("mine.py").write_text(function)
     monkeypatch.syspath_prepend(".")
@@ -76,3 +76,14 @@ def test_the_command_trains(monkeypatch, capsys):
     small += " --model.sampling.max_new_tokens 4 --trainer.max_steps 1 --trainer.enable_progress_bar false"
     code, text = run(capsys, *words, *small.split())
     assert code == 0, text
+    for large, less in (
+        ("Qwen/Qwen2.5-0.5B-Instruct", "tiny"),
+        ("=512", "=4"),
+        ("=100", "=1"),
+        ("bf16-mixed", "32-true"),
+    ):
+        assert large in script
+        script = script.replace(large, less)
+    script = script.replace("batch_size=8", "batch_size=1").replace("L.Trainer(", "L.Trainer(logger=False, ")
+    exec(compile(script, "from_trl.md", "exec"), {})
+    assert Path("my-model/config.json").is_file()
