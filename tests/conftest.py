@@ -23,9 +23,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     for name in os.environ.keys() - before.keys():  # such as LOCAL_RANK, with which a command starts no further ranks
         if not name.startswith("WANDB_"):  # its process is the same for all tests
             del os.environ[name]
-    for name, module in list(sys.modules.items()):  # another test may have a module of the same name
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(tmp_path):
-            del sys.modules[name]
+    here = {n for n, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").is_relative_to(tmp_path)}
+    for name in here:  # another test may have a module of the same name
+        del sys.modules[name]
+    if here and (base := sys.modules.get("lit_rl.datamodules.families.base")):
+        for name, family in list(base.REGISTRY.items()):
+            if type(family).__module__ in here:
+                del base.REGISTRY[name]
     import torch.distributed as dist
 
     if dist.is_initialized():  # what is forked by a later test would wait for others in it
