@@ -42,7 +42,8 @@ class Prompts(TaskData):
         unlabelled: Training records have no right answers, for MajorityVote and RLCCF, which vote for them.
         family: The field by which results are reported, such as the source of a record; None: the file's name.
         response: The field of a worked solution (for SFT and OffPolicyMixing): text, or a list of texts.
-        hint: Whether prompts end by saying how to give the answer; where `rewards` judge, they do not.
+        hint: What prompts end with, on a line of its own, to say how to give the answer, such as "Put the final answer into
+            \\boxed{}."; "" for nothing. Where `rewards` judge, prompts stay as they are.
         kwargs: As in TaskData.
     """
 
@@ -58,7 +59,7 @@ class Prompts(TaskData):
         unlabelled: bool = False,
         response: str | None = None,
         family: str | None = None,
-        hint: bool = True,
+        hint: str = HINT,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -116,7 +117,7 @@ class Prompts(TaskData):
         elif self.answer or self.unlabelled:
             known = self.answer and not (self.unlabelled and split == "train")
             score = Right(_gold(record, self.answer) if known else None)
-            prompt = _hinted(prompt) if self.hint else prompt
+            prompt = _hinted(prompt, self.hint) if self.hint else prompt
         responses = [] if self.response is None else _field(record, self.response)
         responses = [responses] if isinstance(responses, str) else responses
         if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
@@ -193,10 +194,10 @@ def _is_chat(prompt: Any) -> bool:
     return messages and bool(prompt) and prompt[-1]["role"] != "assistant"
 
 
-def _hinted(prompt: str | list[Message]) -> str | list[Message]:
+def _hinted(prompt: str | list[Message], hint: str) -> str | list[Message]:
     if isinstance(prompt, str):
-        return f"{prompt}\n{HINT}"
-    return [*prompt[:-1], prompt[-1] | {"content": f"{prompt[-1]['content']}\n{HINT}"}]
+        return f"{prompt}\n{hint}"
+    return [*prompt[:-1], prompt[-1] | {"content": f"{prompt[-1]['content']}\n{hint}"}]
 
 
 def _final(text: str) -> str:

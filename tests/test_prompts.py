@@ -127,7 +127,9 @@ def test_prompts_end_with_how_to_answer_unless_told_otherwise():
     (task,) = Prompts(file, answer="answer").tasks("train")
     assert task.prompt[0] == chat[0]
     assert task.prompt[1]["content"] == "What is 1 + 1?\nEnd with <answer>the answer</answer>."
-    (task,) = Prompts(file, answer="answer", hint=False).tasks("train")
+    (task,) = Prompts(file, answer="answer", hint="Box it.").tasks("train")
+    assert task.prompt[1]["content"] == "What is 1 + 1?\nBox it."
+    (task,) = Prompts(file, answer="answer", hint="").tasks("train")
     assert task.prompt == chat
 
 
