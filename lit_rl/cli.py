@@ -73,6 +73,10 @@ def explain(message: str) -> str:
     message = dedent("\n".join(dict.fromkeys(lines))).removeprefix("- ") or message
     if re.search(r"arguments are required: .*model|'lightning.LightningModule'", message):
         return f"{message}\nNo method is chosen: begin with a recipe, such as --config grpo; lit-rl recipes lists them."
+    if "Expected a <class 'str'>. Got value: {" in message:
+        message += (
+            "\nA text with a colon is read as YAML here: give it in a file of options, by a further --config mine.yaml."
+        )
     classes = {**METHODS, **ENGINES, **DATAMODULES, **CALLBACKS}
     options = {p for c in (*classes.values(), Sampling, LoRA) for base in c.__mro__ for p in signature(base).parameters}
     asked = re.findall(r"(?:path string: |Option '|arguments?: -*|option '?)([\w.+-]+)", message)

@@ -153,6 +153,10 @@ def test_runs_without_a_name_get_their_own_folders(capsys):
         (["fit", "--config", "gropo"], "no recipe 'gropo': did you mean grpo"),
         (["fti"], "no command 'fti': did you mean fit"),
         (["fit", "--config", "grpo", "--model", "DAPPO"], "Did you mean DAPO instead of DAPPO?"),
+        (
+            ["fit", "--config", "grpo", "--data", "Prompts", "--data.train", "a: b"],
+            "A text with a colon is read as YAML here: give it in a file",
+        ),
         (["fit", "--config", "grpo", "--model.gruop", "4"], "Did you mean group instead of gruop?"),
         (["fit", "--config", "grpo", "--data", "Botcamp"], "Did you mean Bootcamp instead of Botcamp?"),
         (
