@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -267,7 +268,8 @@ class Chunks:
 
         def task(saved: dict[str, Any]) -> Task:
             again = getattr(dataset, "again", lambda index, _: dataset[index])
-            made: Task = replace(again(saved["index"], saved["id"]))
+            made: Task = copy(again(saved["index"], saved["id"]))
+            made.index = saved["index"]
             if made.key() != saved["key"]:
                 raise ValueError(
                     f"item {saved['index']} of the training data is {made.key()[:80]!r}, and was {saved['key'][:80]!r} when its"

@@ -397,6 +397,19 @@ def test_a_second_run_begins_with_nothing(way):
     assert equal([x.extra["version"] for x in second.batches], [x.extra["version"] for x in first.batches])
 
 
+@pytest.mark.parametrize("way", [dict(chunk=2), dict(chunk=2, ahead="thread")], ids=str)
+def test_a_run_may_stop_after_every_step(way):
+    """A response may wait through several stops, with its place in the data."""
+    straight, last = policy(**way), None
+    fit(straight)
+    for step in range(1, 7):
+        module, saver = policy(**way), ModelCheckpoint("c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        run = trainer(max_steps=step, callbacks=[saver], enable_checkpointing=True)
+        run.fit(module, Letters(), ckpt_path=last)
+        last = f"c/step={step}.ckpt"
+    assert torch.equal(weights(module), weights(straight))
+
+
 def seed_of(name):
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
