@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rl import adapters
+from lit_rl import adapters, ranks
 from lit_rl.checks import ConfigurationError
 from lit_rl.experience import Experience, Terms
 from lit_rl.hooks import RLCallback
@@ -20,7 +20,7 @@ CHUNK = 2**22
 
 
 class EntropyMonitor(RLCallback):
-    """Logs "entropy", in nats: the mean over the response tokens of each optimizer step.
+    """Logs "entropy", in nats: the mean over the response tokens of each optimizer step, on all ranks.
 
     On any LightningModule that holds a Hugging Face causal language model it reads the logits of the training forward
     (no forward of its own). Tokens whose label is -100 are left out; without labels, those that a 2-D attention_mask
@@ -103,9 +103,9 @@ class EntropyMonitor(RLCallback):
                 "EntropyMonitor saw no training forward in a step: call the language model itself with gradient, not parts"
                 ' of it, or call lit_rl.hooks.call(self.trainer, "on_loss", experience, terms)'
             )
-        if self._tokens or trainer.world_size > 1:
-            size = max(1, self._tokens)
-            pl_module.log("entropy", self._sum / size, batch_size=size, sync_dist=trainer.world_size > 1)
+        entropy, tokens = ranks.total(self._sum, self._tokens)
+        if tokens:
+            pl_module.log("entropy", entropy / tokens, batch_size=int(tokens), rank_zero_only=False)
         self._sum, self._tokens = 0.0, 0
 
 

@@ -107,7 +107,7 @@ class OffPolicyMixing(RLCallback):
 
     def on_advantage(self, trainer: L.Trainer, policy: Any, experience: Experience) -> None:
         x = experience
-        if self.mixed or not len(x):
+        if self.mixed:
             return
         own = x.valid & ~x.off_policy
         baseline = group_mean(x.rewards, x.group, own.to(x.rewards.dtype))

@@ -19,7 +19,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rl import LoRA, RLCallback, Sampling, Task, Verdict, sharding
-from lit_rl.callbacks import ClipCov, EntropyLaw, KLCov, MajorityVote, OffPolicyMixing, SparseAttention, TernaryQAT
+from lit_rl.callbacks import (
+    ClipCov,
+    EntropyLaw,
+    EntropyMonitor,
+    KLCov,
+    MajorityVote,
+    OffPolicyMixing,
+    SparseAttention,
+    TernaryQAT,
+)
 from lit_rl.cli import CALLBACKS, METHODS
 from lit_rl.datamodules import Bootcamp
 from lit_rl.datamodules.base import TaskData
@@ -226,9 +235,16 @@ EQUAL = {name: case(method=name, max_steps=1) for name in METHODS}
 EQUAL |= {
     "RLCCF": case(method="RLCCF", data=Answers, settings={"minibatches": 2, "microbatch_tokens": 100}),
     "clipping": case(gradient_clip_val=0.01),
-    "rank 1 has no rows": case(data={"long": (1, 3)}, settings={"kl_in_reward": True, "advantage": "reinforce_pp"}),
+    "rank 1 has no rows": case(
+        data={"long": (1, 3)},
+        settings={"kl_in_reward": True, "advantage": "reinforce_pp"},
+        callbacks=[partial(OffPolicyMixing, mixed=False)],
+    ),
     "a deviation of all ranks": case(data={"dull": (1, 3)}, settings={"advantage": "lite_ppo"}),
     "rank 1 has no signal": case(data={"dull": (1, 3)}, settings={"kl_coef": 0.0}),
+    "rank 1 has no entropy": case(
+        data={"dull": (1, 3)}, settings={"kl_coef": 0.0}, callbacks=[EntropyMonitor], max_steps=1
+    ),
     "nobody has a signal": case(data={"dull": range(4)}, settings={"kl_coef": 0.0}),
     "other numbers of slices": case(
         data={"long": (3,), "dull": (5,)},
