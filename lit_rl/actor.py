@@ -110,6 +110,9 @@ class Actor(Evaluated):
         """Spent in this training step, by activity."""
         self.sampled_tokens = 0
         """In this training step."""
+        self.places: dict[int, tuple[int, ...]] = {}
+        """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
+        there."""
         self._copies: dict[str, int] = {}
         """How often each prompt was sampled in this training step."""
 
@@ -140,19 +143,18 @@ class Actor(Evaluated):
 
     def seeds(self, tasks: list[Task], samples: int, purpose: str) -> list[list[int]]:
         """A seed a response, from (seed, step, prompt, sample) alone; equal prompts of a step, on whatever rank, are told
-        apart by order."""
+        apart by order, that of one process."""
         train = purpose == "train" and self._trainer is not None
-        step = self.trainer.global_step if train else 0
+        step, rank = (self.trainer.global_step, self.global_rank) if train else (0, 0)
         seen = self._copies if train else {}
-        keys = [task.key() for task in tasks]
-        result = []
-        for rank, part in enumerate(ranks.gather(keys) if train else [keys]):
-            for key in part:
-                copy = seen[key] = seen.get(key, -1) + 1
-                if not train or rank == self.global_rank:
-                    names = (f"{self.seed_value}\0{purpose}\0{step}\0{key}\0{copy}\0{i}" for i in range(samples))
-                    digests = (blake2b(name.encode(), digest_size=8).digest() for name in names)
-                    result.append([int.from_bytes(digest, "big") >> 1 for digest in digests])
+        every = [(self.places.get(id(task), ()), rank, i, task.key()) for i, task in enumerate(tasks)]
+        result: list[list[int]] = [[] for _ in tasks]
+        for _, owner, at, key in sorted(one for part in ranks.gather(every) for one in part) if train else every:
+            copy = seen[key] = seen.get(key, -1) + 1
+            if owner == rank:
+                names = (f"{self.seed_value}\0{purpose}\0{step}\0{key}\0{copy}\0{i}" for i in range(samples))
+                digests = (blake2b(name.encode(), digest_size=8).digest() for name in names)
+                result[at] = [int.from_bytes(digest, "big") >> 1 for digest in digests]
         return result
 
     def respond(

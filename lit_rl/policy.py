@@ -95,9 +95,6 @@ class Policy(InnerLoop, Actor):
         """This step's minibatches of slices."""
         self.losses: list[float] = []
         """Of the slices so far in this step."""
-        self.places: dict[int, tuple[int, ...]] = {}
-        """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
-        there."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's, of the weights that learn."""
