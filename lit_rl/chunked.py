@@ -112,8 +112,7 @@ class Chunks:
                     "chunk needs tasks that know their place in the training data, by which a resumed run finds them again: use"
                     " the loader of lit_rl.datamodules.TaskData, or set Task.index"
                 )
-            own = replace(task)  # the data may give the same object again
-            self.pending.append(Begun(own, policy.places[id(task)], prompt, [Response.of(seed) for seed in row]))
+            self.pending.append(Begun(task, policy.places[id(task)], prompt, [Response.of(seed) for seed in row]))
 
     def draw(self, policy: Any, tasks: list[Task]) -> tuple[list[Task], list[list[int]], list[list[Completion]]]:
         """Begins responses to these tasks, and samples a chunk of all that are unfinished. Returns the tasks that then have

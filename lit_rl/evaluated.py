@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from typing import Any
 
 import lightning.pytorch as L
@@ -44,7 +45,7 @@ class Evaluated(L.LightningModule):
             raise TypeError(
                 f"a policy works on lists of lit_rl.Task, not on {_describe(batch)}: give the loader collate_fn=list"
             )
-        return batch  # tasks are text
+        return [*map(copy, batch)]  # of text; the data may give the same object again, and each counts
 
     def validation_step(self, batch: list[Task], batch_idx: int) -> None:
         self.evaluate(batch)

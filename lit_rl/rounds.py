@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from hashlib import blake2b
 from random import Random
 from typing import Any
@@ -100,8 +101,8 @@ def further_tasks(policy: Any, n: int, round_: int) -> list[Task]:
     tasks = []
     for index, task in zip(mine, policy.spare("task", data.__getitem__, mine), strict=True):
         if task is not None:
-            task.index = index
-            tasks.append(task)
+            tasks.append(copy(task))
+            tasks[-1].index = index
     policy.count("skipped/task_failed", len(mine) - len(tasks))
     policy.places |= {id(task): (step, round_, i) for i, task in enumerate(tasks)}
     return tasks

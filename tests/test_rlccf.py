@@ -228,6 +228,24 @@ def test_a_member_may_have_to_leave_prompts_out():
     assert run.callback_metrics["qwen2/reward"] >= 0
 
 
+def test_each_appearance_of_a_task_counts():
+    """Of one object that the data give often, or of as many that are equal."""
+
+    class Often(Answers):
+        def tasks(self, split):
+            return super().tasks(split)[:1] * 8
+
+    class Equal(Often):
+        def tasks(self, split):
+            return [*map(copy.copy, super().tasks(split))]
+
+    modules = [group(), group()]
+    for module, data in zip(modules, (Often(), Equal()), strict=True):
+        trainer(max_steps=1, limit_val_batches=1).fit(module, data)
+    assert equal(modules[1].state_dict(), modules[0].state_dict())
+    assert [module.table.rows[-1].items for module in modules] == [4, 4]
+
+
 def test_evaluation_has_each_members_table_the_groups_and_agreement():
     module = group()
     for one in module.members:
