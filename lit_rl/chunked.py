@@ -75,7 +75,7 @@ class Chunks:
         self.arrived = 0
         """Tokens that were sampled ahead, and no step has counted yet."""
         self._has_round = False
-        """Whether this step's first round is sampled already."""
+        """Whether this step's first round is sampled already, on all ranks or on none."""
         self.pending: list[Begun] = []
         self.ready = build([], [], [], [])
         self.places: dict[int, Place] = {}
@@ -97,7 +97,8 @@ class Chunks:
         self._arrive()
         self._before, self.filtered = (policy.trainer.global_step, self._state()), 0
         policy.sampled_tokens += self.arrived
-        self._has_round, self.arrived = self.arrived > 0, 0
+        self._has_round = self.ahead is not None and policy.sum_over_ranks(self.arrived) > 0
+        self.arrived = 0
         policy.places |= self.places
         x, self.ready = self.ready, build([], [], [], [])
         return x

@@ -258,7 +258,7 @@ EQUAL |= {
         settings={"chunk": 2, "old_logps": "recompute", "max_rounds": 3},
         max_steps=4,
     ),
-    "one step off": case(data={"long": (3,)}, settings={"ahead": "thread", "old_logps": "recompute"}, max_steps=3),
+    "one step off": case(data={"long": (5, 7)}, settings={"ahead": "thread", "old_logps": "recompute"}, max_steps=4),
     "prompts drawn again": case(
         method="DAPO",
         data={"n": 8, "dull": (0, 1, 4)},
