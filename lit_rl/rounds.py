@@ -25,7 +25,7 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
     chunks = policy.chunks
     if not policy.dynamic_sampling and chunks is None:
         return policy.round(tasks)  # type: ignore[no-any-return]
-    x, rounds, tried, right = build([], [], [], []), 0, 0, 0
+    x, rounds, tried, judged, right = build([], [], [], []), 0, 0, 0, 0
     if chunks is not None:
         x = chunks.begin_step(policy)
     wanted, found = (int(policy.sum_over_ranks(n)) for n in (len(tasks), len(x.tasks)))
@@ -38,7 +38,8 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
         x = concat(x, new)
         rounds, found = rounds + 1, int(policy.sum_over_ranks(len(x.tasks)))
         tried += len(drawn)
-        right += int((drawn.rewards >= 1).sum())
+        judged += int(drawn.valid.sum())
+        right += int((drawn.valid & (drawn.rewards >= 1)).sum())
     if chunks is not None and not rounds:  # there is a batch without them, and they wait
         chunks.enter(policy, tasks)
     name = "dynamic_sampling" if policy.dynamic_sampling else "chunked"
@@ -46,9 +47,9 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
         policy.count(f"{name}/rounds", rounds)
         policy.count(f"{name}/missing", max(0, wanted - found))
     if policy.dynamic_sampling and not found:
-        tried, right = int(policy.sum_over_ranks(tried)), int(policy.sum_over_ranks(right))
+        tried, judged, right = (int(policy.sum_over_ranks(n)) for n in (tried, judged, right))
         if chunks is None or tried >= wanted * policy.group:  # else too few are finished to judge by
-            _give_up(policy, tried, right, f"{rounds} rounds of {len(tasks)} prompts")
+            _give_up(policy, judged, right, f"{rounds} rounds of {len(tasks)} prompts")
         return x
     if chunks is not None:  # a batch takes the oldest
         x = x.groups(sorted(range(len(x.tasks)), key=lambda g: policy.places[id(x.tasks[g])]))
@@ -58,15 +59,15 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
     return x.groups(range(mine))
 
 
-def _give_up(policy: Any, tried: int, right: int, rounds: str) -> None:
+def _give_up(policy: Any, judged: int, right: int, rounds: str) -> None:
     """No group of a whole batch had different rewards."""
-    if tried and right == tried:
-        rank_zero_warn(f"all of {tried} responses were right: there is nothing left to learn, and training stops")
+    if judged and right == judged:
+        rank_zero_warn(f"all of {judged} responses were right: there is nothing left to learn, and training stops")
         policy.trainer.should_stop = True
         return
     lost = "".join(f", {name} {n:g}" for name, n in policy.counts.items() if n and "skipped/" in name)
     raise RuntimeError(
-        f"dynamic sampling found no group with different rewards among {tried} responses, {right} of them right"
+        f"dynamic sampling found no group with different rewards among {judged} responses, {right} of them right"
         f" ({rounds}{lost}): the tasks are too hard or too easy for the policy. Change"
         " their level, warm-start the policy, raise `group` or `max_rounds`, or set dynamic_sampling to false."
     )

@@ -1,6 +1,7 @@
 """The inner loop keeps Lightning's contract and the weights keep theirs."""
 
 import warnings
+from itertools import cycle
 
 import lightning.pytorch as L
 import pytest
@@ -13,6 +14,7 @@ from lit_rl.experience import build
 from lit_rl.forward import packed_layout, rows_layout
 from lit_rl.methods.dapo import DAPO
 from lit_rl.rollout import Rollout
+from lit_rl.scoring import Scorer
 
 
 class Letters(TaskData):
@@ -200,6 +202,12 @@ def test_dynamic_sampling_stops_when_nothing_is_left_to_learn():
     with pytest.warns(UserWarning, match="all of 160 responses were right"):
         run.fit(policy(DAPO), Letters(score=lambda text: 1.0))
     assert run.global_step == 1
+
+
+def test_a_verifier_that_fails_now_and_then_says_nothing_of_what_is_left_to_learn():
+    fails = cycle([None, 1.0, 1.0])
+    with pytest.warns(UserWarning, match="all of 106 responses were right"):
+        trainer(max_steps=50).fit(policy(DAPO, scoring=Scorer("inline")), Letters(score=lambda text: next(fails)))
 
 
 def test_reference_stays_and_the_divergence_starts_at_zero():
