@@ -48,7 +48,7 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
         policy.count(f"{name}/missing", max(0, wanted - found))
     if policy.dynamic_sampling and not found:
         tried, judged, right = (int(policy.sum_over_ranks(n)) for n in (tried, judged, right))
-        if chunks is None or tried >= wanted * policy.group:  # else too few are finished to judge by
+        if rounds and (chunks is None or tried >= wanted * policy.group):  # else there is too little to judge by
             _give_up(policy, judged, right, f"{rounds} rounds of {len(tasks)} prompts")
         return x
     if chunks is not None:  # a batch takes the oldest

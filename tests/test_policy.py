@@ -177,6 +177,25 @@ def test_a_step_without_any_prompt_is_survived():
     assert torch.equal(before, weights(module))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_batch_whose_only_task_cannot_be_made_is_survived(dynamic):
+    class Gap(Letters):
+        def tasks(self, split):
+            tasks = super().tasks(split)
+
+            class Tasks:
+                __len__ = tasks.__len__
+
+                def __getitem__(self, i):
+                    return tasks[{1: None}.get(i, i)]
+
+            return Tasks()
+
+    run = trainer(max_steps=3)
+    run.fit(policy(dynamic_sampling=dynamic), Gap(batch_size=1))
+    assert run.global_step == 3
+
+
 def test_dynamic_sampling_asks_for_more():
     sizes = []
 
