@@ -110,9 +110,6 @@ class Actor(Evaluated):
         """Spent in this training step, by activity."""
         self.sampled_tokens = 0
         """In this training step."""
-        self.places: dict[int, tuple[int, ...]] = {}
-        """Where each task stands in the batch, by its id: the step and its round in which it was asked for, and its position
-        there."""
         self._copies: dict[str, int] = {}
         """How often each prompt was sampled in this training step."""
 
@@ -147,7 +144,7 @@ class Actor(Evaluated):
         train = purpose == "train" and self._trainer is not None
         step, rank = (self.trainer.global_step, self.global_rank) if train else (0, 0)
         seen = self._copies if train else {}
-        every = [(self.places.get(id(task), ()), rank, i, task.key()) for i, task in enumerate(tasks)]
+        every = [(task.turn, rank, i, task.key()) for i, task in enumerate(tasks)]
         result: list[list[int]] = [[] for _ in tasks]
         for _, owner, at, key in sorted(one for part in ranks.gather(every) for one in part) if train else every:
             copy = seen[key] = seen.get(key, -1) + 1

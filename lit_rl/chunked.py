@@ -17,9 +17,6 @@ from lit_rl.experience import Experience, build
 from lit_rl.generation.base import Completion
 from lit_rl.task import Task, Verdict
 
-Place = tuple[int, ...]
-"""Where a task stands among all: the step, the round of that step, and the position there."""
-
 
 def _none() -> Tensor:
     return torch.zeros(0)
@@ -52,7 +49,6 @@ class Begun:
     """A prompt some of whose responses are unfinished."""
 
     task: Task
-    place: Place
     prompt: list[int]
     responses: list[Response]
 
@@ -78,8 +74,6 @@ class Chunks:
         """Whether this step's first round is sampled already, on all ranks or on none."""
         self.pending: list[Begun] = []
         self.ready = build([], [], [], [])
-        self.places: dict[int, Place] = {}
-        """Of the tasks that are ready, by id."""
         self.filtered = 0
         """Tokens of this step that were finished, and are not trained on."""
         self._versions: dict[str, float] = {}
@@ -99,7 +93,6 @@ class Chunks:
         policy.sampled_tokens += self.arrived
         self._has_round = self.ahead is not None and policy.sum_over_ranks(self.arrived) > 0
         self.arrived = 0
-        policy.places |= self.places
         x, self.ready = self.ready, build([], [], [], [])
         return x
 
@@ -113,7 +106,7 @@ class Chunks:
                     "chunk needs tasks that know their place in the training data, by which a resumed run finds them again: use"
                     " the loader of lit_rl.datamodules.TaskData, or set Task.index"
                 )
-            self.pending.append(Begun(task, policy.places[id(task)], prompt, [Response.of(seed) for seed in row]))
+            self.pending.append(Begun(task, prompt, [Response.of(seed) for seed in row]))
 
     def draw(self, policy: Any, tasks: list[Task]) -> tuple[list[Task], list[list[int]], list[list[Completion]]]:
         """Begins responses to these tasks, and samples a chunk of all that are unfinished. Returns the tasks that then have
@@ -124,7 +117,6 @@ class Chunks:
         self._has_round = False
         done = [one for one in self.pending if all(map(self._finished, one.responses))]
         self.pending = [one for one in self.pending if not all(map(self._finished, one.responses))]
-        policy.places |= {id(one.task): one.place for one in done}
         for one in done:
             for r in one.responses:
                 r.text = self.decode(r.tokens.tolist())
@@ -166,10 +158,6 @@ class Chunks:
     def passed(self, x: Experience) -> None:
         """These groups, of what `draw` has returned, are for training."""
         self.filtered -= _own_tokens(x)
-
-    def keep(self, x: Experience, places: dict[int, Place]) -> None:
-        """These groups wait for a later batch."""
-        self.ready, self.places = x, {id(task): places[id(task)] for task in x.tasks}
 
     def end_step(self, policy: Any, x: Experience, tasks: int) -> None:
         """x is the batch, and the weights are still those that have sampled the latest chunks (Algorithm 1, lines 15-17).
@@ -237,15 +225,15 @@ class Chunks:
         if self.ahead is not None:
             self.ahead.drop()
         self.arrived, self._has_round = 0, False
-        self.pending, self.ready, self.places, self._before = [], build([], [], [], []), {}, (-1, {})
+        self.pending, self.ready, self._before = [], build([], [], [], []), (-1, {})
         self._saved = state
 
     def _state(self) -> dict[str, Any]:
-        def task(one: Task, place: Place) -> dict[str, Any]:
-            return {"index": one.index, "id": one.id, "key": one.key(), "place": list(place)}
+        def task(one: Task) -> dict[str, Any]:
+            return {"index": one.index, "id": one.id, "key": one.key(), "turn": list(one.turn)}
 
         pending = [
-            task(one.task, one.place) | {"prompt": one.prompt, "responses": [dict(vars(r)) for r in one.responses]}
+            task(one.task) | {"prompt": one.prompt, "responses": [dict(vars(r)) for r in one.responses]}
             for one in self.pending
         ]
         x = self.ready
@@ -259,7 +247,7 @@ class Chunks:
         return rest | {
             "pending": pending,
             "ready": ready,
-            "tasks": [task(one, self.places[id(one)]) for one in x.tasks],
+            "tasks": [task(one) for one in x.tasks],
         }
 
     def _restore(self, dataset: Any) -> None:
@@ -269,7 +257,7 @@ class Chunks:
         def task(saved: dict[str, Any]) -> Task:
             again = getattr(dataset, "again", lambda index, _: dataset[index])
             made: Task = copy(again(saved["index"], saved["id"]))
-            made.index = saved["index"]
+            made.index, made.turn = saved["index"], tuple(saved["turn"])
             if made.key() != saved["key"]:
                 raise ValueError(
                     f"item {saved['index']} of the training data is {made.key()[:80]!r}, and was {saved['key'][:80]!r} when its"
@@ -278,15 +266,13 @@ class Chunks:
             return made
 
         self.pending = [
-            Begun(task(one), tuple(one["place"]), one["prompt"], [Response(**r) for r in one["responses"]])
-            for one in state["pending"]
+            Begun(task(one), one["prompt"], [Response(**r) for r in one["responses"]]) for one in state["pending"]
         ]
         ready, tasks = state["ready"], [task(one) for one in state["tasks"]]
         verdicts = [Verdict(**v) for v in ready["verdicts"]]
         self.ready = Experience(
             **ready["tensors"], extra=ready["extra"], texts=ready["texts"], verdicts=verdicts, tasks=tasks
         )
-        self.places = {id(one): tuple(saved["place"]) for one, saved in zip(tasks, state["tasks"], strict=True)}
 
 
 def spread(x: Experience, columns: Sequence[Tensor]) -> Tensor:

@@ -147,7 +147,8 @@ class Policy(InnerLoop, Actor):
         self.counts, self.seconds, self.sampled_tokens, self._copies = {}, {}, 0, {}
         if left_out := getattr(self.trainer.train_dataloader, "left_out", 0):
             self.count("skipped/task_failed", left_out)
-        self.places = {id(task): (self.trainer.global_step, 0, i) for i, task in enumerate(batch)}
+        for i, task in enumerate(batch):
+            task.turn = self.trainer.global_step, 0, i
         self.losses = []
 
     def prepare(self, batch: list[Task]) -> None:
@@ -183,7 +184,7 @@ class Policy(InnerLoop, Actor):
 
     def owners(self, x: Experience) -> list[int]:
         """The rank of each group of the batch of all ranks, in the order that the groups have in one process."""
-        mine = [(*self.places.get(id(task), (0, i)), self.global_rank) for i, task in enumerate(x.tasks)]
+        mine = [(task.turn or (0, i), self.global_rank) for i, task in enumerate(x.tasks)]
         return [rank for *_, rank in sorted(place for part in ranks.gather(mine) for place in part)]
 
     def has_gradient(self, x: Experience) -> Tensor:

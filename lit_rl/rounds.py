@@ -52,10 +52,10 @@ def fill(policy: Any, tasks: list[Task]) -> Experience:
             _give_up(policy, judged, right, f"{rounds} rounds of {len(tasks)} prompts")
         return x
     if chunks is not None:  # a batch takes the oldest
-        x = x.groups(sorted(range(len(x.tasks)), key=lambda g: policy.places[id(x.tasks[g])]))
+        x = x.groups(sorted(range(len(x.tasks)), key=lambda g: x.tasks[g].turn))
     mine = policy.owners(x)[:wanted].count(policy.global_rank)
     if chunks is not None:
-        chunks.keep(x.groups(range(mine, len(x.tasks))), policy.places)
+        chunks.ready = x.groups(range(mine, len(x.tasks)))
     return x.groups(range(mine))
 
 
@@ -103,7 +103,6 @@ def further_tasks(policy: Any, n: int, round_: int) -> list[Task]:
     for index, task in zip(mine, policy.spare("task", data.__getitem__, mine), strict=True):
         if task is not None:
             tasks.append(copy(task))
-            tasks[-1].index = index
+            tasks[-1].index, tasks[-1].turn = index, (step, round_, len(tasks) - 1)
     policy.count("skipped/task_failed", len(mine) - len(tasks))
-    policy.places |= {id(task): (step, round_, i) for i, task in enumerate(tasks)}
     return tasks

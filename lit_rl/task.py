@@ -81,6 +81,8 @@ class Task:
     meta: dict[str, Any] = field(default_factory=dict)
     index: int | None = None
     """Its place in the training data, by which a resumed run makes it again; loaders set it."""
+    turn: tuple[int, ...] = ()
+    """Its place in the run: the step and the round of it in which it was asked for, and its position there; policies set it."""
 
     def text(self) -> str:
         """The prompt as plain text, for logs."""

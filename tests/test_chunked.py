@@ -54,13 +54,13 @@ class Watch(RLCallback):
 
     def on_rollout(self, trainer, module, x):
         self.finished += [
-            (module.places[id(x.tasks[g])], x.tasks[g].prompt, row % 4, text)
+            (x.tasks[g].turn, x.tasks[g].prompt, row % 4, text)
             for row, (g, text) in enumerate(zip(x.group.tolist(), x.texts, strict=True))
         ]
 
     def on_advantage(self, trainer, module, x):
         self.batches.append(copy.deepcopy(x))
-        self.trained += [module.places[id(task)] for task in x.tasks]
+        self.trained += [task.turn for task in x.tasks]
 
     def on_loss(self, trainer, module, x, terms):
         ratio = terms.log_ratio.exp()[x.mask]
