@@ -112,4 +112,12 @@ class RolloutStats(RLCallback):
         self._numbers["tokens_per_second"] = getattr(pl_module, "sampled_tokens", 0) / max(seconds, 1e-9)
         everyone = ranks.gather(self._numbers) if trainer.world_size > 1 else [self._numbers]  # names may differ
         for name in sorted({name for numbers in everyone for name in numbers}):
-            pl_module.log(name, mean(numbers[name] for numbers in everyone if name in numbers), rank_zero_only=False)
+            values = [numbers[name] for numbers in everyone if name in numbers]
+            pl_module.log(name, over_ranks(name, values), rank_zero_only=False)
+
+
+def over_ranks(name: str, values: list[float]) -> float:
+    """One number of those of the ranks: the most of what is a most, the sum of tokens a second, else the mean."""
+    if name in ("length/max", "mismatch/max", "mismatch/max_ratio"):
+        return max(values)
+    return sum(values) if name == "tokens_per_second" else mean(values)

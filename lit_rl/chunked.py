@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_rl import ranks, rounds
 from lit_rl.ahead import Ahead
+from lit_rl.checks import require
 from lit_rl.experience import Experience, build
 from lit_rl.generation.base import Completion
 from lit_rl.task import Task, Verdict
@@ -265,6 +266,10 @@ class Chunks:
                 )
             return made
 
+        for r in (r for one in state["pending"] for r in one["responses"]):
+            fine, limit = (self.longest - len(r["tokens"])) % self.size == 0, "that of the checkpoint"
+            limit += f", whose unfinished responses have {len(r['tokens'])} tokens, of {self.longest} at most"
+            require(fine or r["finish"] == "stop", "chunk", self.size, limit)
         self.pending = [
             Begun(task(one), one["prompt"], [Response(**r) for r in one["responses"]]) for one in state["pending"]
         ]

@@ -48,7 +48,10 @@ class Guard:
         where = ""
         if self.in_a_row == 1 and self.dumps < DUMPS and not trainer.fast_dev_run:
             self.dumps += 1
-            path = run.folder(trainer) / run.by_rank(run.NON_FINITE.format(step), trainer.global_rank)
+            name = run.NON_FINITE.format(
+                f"{step}-{policy.name}" if policy.name else step
+            )  # a group's member has a name
+            path = run.folder(trainer) / run.by_rank(name, trainer.global_rank)
             tolerate(path, lambda: dump(path, step, slices, losses))
             where = f" It was made of what is in {path}."
         rank_zero_warn(

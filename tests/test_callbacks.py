@@ -12,6 +12,7 @@ from test_policy import Letters, policy, trainer
 
 from lit_rl import SFT, RLCallback, Sampling, hooks
 from lit_rl.callbacks import Completions, EntropyMonitor, RolloutStats
+from lit_rl.callbacks.rollout_stats import over_ranks
 from lit_rl.rollout import Rollout
 
 
@@ -125,6 +126,11 @@ def test_rollout_stats():
     assert 0 < row["ess"] <= 1
     assert row["grad_norm"] > 0
     assert row["invalid"] == 0
+
+
+def test_what_is_a_most_is_the_most_of_all_ranks():
+    names = ("length/max", "mismatch/max_ratio", "tokens_per_second", "length/mean")
+    assert [over_ranks(name, [1.0, 3.0]) for name in names] == [3.0, 3.0, 4.0, 2.0]
 
 
 def test_completions_are_appended_and_hold_what_was_trained_on(capsys):

@@ -19,6 +19,7 @@ from test_resume import TOKENIZER, equal
 
 from lit_rl import DAPO, GRPO, RLCCF, LoRA, RLCallback, Sampling, ahead, jsonl
 from lit_rl.callbacks import GarbleFilter, ReferenceRefresh, SparseAttention, TernaryQAT
+from lit_rl.checks import ConfigurationError
 from lit_rl.cli import METHODS
 from lit_rl.generation.native import NativeGenerator
 from lit_rl.kernels.infllm import Settings
@@ -408,6 +409,14 @@ def test_a_run_may_stop_after_every_step(way):
         run.fit(module, Letters(), ckpt_path=last)
         last = f"c/step={step}.ckpt"
     assert torch.equal(weights(module), weights(straight))
+
+
+def test_another_chunk_than_the_checkpoints_is_refused_where_responses_would_grow_too_long():
+    saver = ModelCheckpoint("c", save_last=True, every_n_train_steps=1)
+    run = trainer(max_steps=2, callbacks=[saver], enable_checkpointing=True)
+    run.fit(policy(chunk=2), Letters())
+    with pytest.raises(ConfigurationError, match=r"chunk is 4: it must be that of the checkpoint, whose unfinished"):
+        trainer(max_steps=4).fit(policy(chunk=4), Letters(), ckpt_path="c/last.ckpt")
 
 
 def seed_of(name):
