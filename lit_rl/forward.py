@@ -18,12 +18,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_rl import ops, sharding, sparse_attention
 from lit_rl.experience import Experience, build
-from lit_rl.models import ATTENTION, context_length, replaceable
+from lit_rl.models import ATTENTION, attends_to_all, context_length, replaceable
 
 TOLERANCE = 2e-3
 """Largest difference of a log-probability that still counts as the same in the check at first use, in float32."""
 HALF_TOLERANCE = 0.2
 """Mean difference that does in half precision."""
+CAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
+"""What configs call a cap on the logits: those of Gemma and most others, RecurrentGemma, xLSTM."""
+LEAK = 1e-5
+"""Largest difference of a number that another response's tokens may make, in any precision: they are not seen at all."""
 LONGEST_PACK = 8192
 """Tokens of a group in one row at most: its mask has the square of that."""
 
@@ -171,46 +175,54 @@ class Forward:
         self.notes.clear()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         numbers = torch.Generator().manual_seed(0)
-        one, two, *responses = (torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (5, 3, 3, 6, 4))
-        x = build([one, one, two], responses, [0, 0, 1], []).to(device)
+        one, two, first, *rest, other = (
+            torch.randint(vocabulary, (n,), generator=numbers).tolist() for n in (5, 3, 3, 6, 4, 3)
+        )
+        x, changed = (build([one, one, two], [each, *rest], [0, 0, 1], []).to(device) for each in (first, other))
         targets, rows = x.tokens[x.mask], rows_layout(x)
         want = self._run(rows, targets, 1.0, fused=False)
         head = self.model.get_output_embeddings()
         plain = head is not None and [name for name, _ in head.named_parameters()] == ["weight"]  # no bias, no adapter
-        capped = getattr(
-            self.model.config.get_text_config(), "final_logit_softcapping", None
-        )  # seen in large logits alone
+        config = self.model.config.get_text_config()
+        capped = any(getattr(config, name, None) for name in CAPS)  # seen in large logits alone
         if not plain or capped or self.model.base_model is self.model:
             self.notes.append("its head is not hidden states times a weight: logits are computed in full")
         else:
             self._fused = self._same(self._run(rows, targets, 1.0, fused=True), want)
             if not self._fused:
                 self.notes.append("its logits are not hidden states times the head's weight: they are computed in full")
-        window = getattr(self.model.config, "sliding_window", None)
-        if window and window < context_length(self.model) and getattr(self.model.config, "use_sliding_window", True):
-            self.notes.append(f"it has a sliding window of {window}: a group's prompt is computed once for each row")
+        if not attends_to_all(self.model):  # few tokens do not always show it
+            window = getattr(config, "sliding_window", None)
+            what = f"it has a sliding window of {window}" if window else "not all its layers attend to all tokens"
+            self.notes.append(f"{what}: a group's prompt is computed once for each row")
             return
         if (whole := sparse_attention.covered(self.model)) < context_length(self.model):
             self.notes.append(
                 f"beyond {whole} tokens its attention is block-sparse: a group's prompt is computed once for each row"
             )
         for layout in (packed_layout, masked_layout):
-            if self._takes(layout, x, want):
+            if self._takes(layout, x, want, changed):
                 self._layout = layout
                 return
         self.notes.append(
             "it does not take position ids with a 4-D mask: a group's prompt is computed once for each row"
         )
 
-    def _takes(self, layout: Callable[[Experience], Layout], x: Experience, want: tuple[Tensor, Tensor]) -> bool:
-        """Whether the numbers are the same. Leaves the model with the attention that this layout needs."""
+    def _takes(
+        self, layout: Callable[[Experience], Layout], x: Experience, want: tuple[Tensor, Tensor], changed: Experience
+    ) -> bool:
+        """Whether the numbers are the same, and stay when the first response has changed. Leaves the model with the attention
+        that this layout needs."""
         before = self.model.config._attn_implementation
         try:
             if layout is packed_layout:
                 if x.tokens.device.type not in ("cpu", "cuda") or not replaceable(self.model):
                     return False
                 _install(self.model)
-            if self._same(self._run(layout(x), x.tokens[x.mask], 1.0, fused=bool(self._fused)), want):
+            got, after = (self._run(layout(y), y.tokens[y.mask], 1.0, bool(self._fused)) for y in (x, changed))
+            others = int(x.response_lengths[0])
+            leak = max(float((a - b)[others:].abs().max()) for a, b in zip(got, after, strict=True))
+            if self._same(got, want) and leak < LEAK:
                 return True
         except (ValueError, RuntimeError, TypeError):
             pass

@@ -197,6 +197,25 @@ def context_length(model: PreTrainedModel) -> int:
     return 1 << 30
 
 
+def cache_layers(model: Any) -> list[Any]:
+    """transformers' own caches of the model's layers, empty. Their types tell what a layer keeps of past tokens."""
+    from transformers.cache_utils import DynamicCache
+
+    return list(DynamicCache(config=model.config.get_text_config()).layers)
+
+
+def attends_to_all(model: Any) -> bool:
+    """Whether all that a token takes from those before it is attention to every one, in its whole context: no window or chunk
+    of them, no choice among them, and no state or convolution that runs along the row."""
+    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+    def whole(layer: Any) -> bool:
+        wide = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= context_length(model)
+        return wide or type(layer) in (DynamicLayer, DummyLayer)
+
+    return all(map(whole, cache_layers(model)))
+
+
 def takes_attention(model: Any) -> bool:
     """Whether the model's attention may be replaced by another that computes SDPA's plain softmax: without sinks or caps."""
     return (

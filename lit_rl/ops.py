@@ -47,6 +47,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     Under autocast its products are in autocast's precision, as a linear layer's, in the backward too."""
     hidden, weight = _autocast(hidden, weight)
+    hidden = hidden.to(weight.dtype)  # the last norm of some models is in float32 whatever the head is in
     if _takes_triton(hidden):
         from lit_rl.kernels import logprob_triton
 

@@ -108,6 +108,54 @@ def test_what_each_model_gets():
         assert "computed in full" in notes[name].notes[0]
 
 
+PARTIAL = {
+    "chunks": t.Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=16),
+    "convolutions": t.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_what_a_few_tokens_of_a_new_model_do_not_show(name):
+    """Rows are longer than a chunk, and the model is used for the first time before its weights are large."""
+    torch.manual_seed(0)
+    model, x = t.AutoModelForCausalLM.from_config(PARTIAL[name]).eval(), experience()
+    forward = Forward(model)
+    forward(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
+    assert (forward(x)[0] - naive(model, x)[0]).abs().max() < 1e-4
+    assert "not all its layers attend to all tokens" in forward.notes[-1]
+
+
+def test_a_mask_that_does_not_hide_is_not_taken_for_rounding():
+    """Eager attention adds a mask, and one of booleans hides nothing; in half precision that is a small difference."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**SIZES), attn_implementation="eager").bfloat16()
+    forward, x = Forward(model.eval()), experience()
+    forward(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
+    assert (forward(x)[0] - naive(model, x)[0])[x.mask].abs().mean() < 0.05
+    assert forward._layout is rows_layout
+
+
+def test_a_cap_under_another_name():
+    config = t.RecurrentGemmaConfig(**SIZES, block_types=["recurrent", "attention"], logits_soft_cap=300.0)
+    forward = Forward(t.AutoModelForCausalLM.from_config(config).eval())
+    forward(experience())
+    assert not forward._fused
+
+
+def test_hidden_states_wider_than_the_head():
+    """Mamba's last norm is in float32 whatever its head is in."""
+    config = t.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(0)
+    model, x = t.AutoModelForCausalLM.from_config(config).bfloat16().eval(), experience()
+    assert (Forward(model)(x)[0] - naive(model, x)[0])[x.mask].abs().mean() < 0.05
+
+
 def test_truncation_is_taken_off():
     model, x = model_of("llama"), experience()
     plain, _ = Forward(model)(x)

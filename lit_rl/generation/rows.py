@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from lit_rl import sparse_attention
 from lit_rl.generation import recorded
 from lit_rl.generation.caches import GrowingLayer, SharedCache
-from lit_rl.models import takes_attention
+from lit_rl.models import cache_layers, takes_attention
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of forward's argument and its output's field, newest first
 PADDING = 0.75  # prompts computed in one forward are at least this fraction of the longest among them
@@ -136,7 +136,7 @@ class Rows:
 
 def _kinds(model: Any) -> set[type]:
     """Of the layers' caches."""
-    return {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+    return {type(layer) for layer in cache_layers(model)}
 
 
 def growing(model: Any) -> bool:
