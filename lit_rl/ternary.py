@@ -184,7 +184,8 @@ def convert(module: nn.Module, chosen: dict[str, int]) -> None:
 
 def _unround(weight: Tensor, group: int) -> None:
     """The mean magnitude of a weight that is ternary already, as one that was exported, is less than its scale: enlarged by
-    the share of its zeros, in place, it is rounded to itself. Other weights stay."""
+    the share of its zeros, in place, it is rounded to itself; in half precision up to the rounding of its scale. Other weights
+    stay."""
     if hasattr(weight, "to_local"):
         weight = weight.to_local()
     parts = weight.unflatten(1, (-1, group))
@@ -242,7 +243,7 @@ def load(folder: Path, dtype: Any, **options: Any) -> Any:
     Raises ValueError for a file of another format or version, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     file = folder / PACKED
     try:
@@ -263,4 +264,6 @@ def load(folder: Path, dtype: Any, **options: Any) -> Any:
         model.set_submodule(name, PackedLinear(layer.in_features, layer.out_features, group, layer.bias))
     tied = {name: weights[kept] for name, kept in json.loads(about["tied"]).items()}
     model.load_state_dict(weights | tied)
+    if (folder / "generation_config.json").is_file():  # which may know more ends of a text than the config
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -13,7 +13,7 @@ from test_cli import run
 from test_policy import Letters, policy, trainer, weights
 from transformers import AutoModelForCausalLM
 
-from lit_rl import GRPO, SFT, LoRA, RLCallback, Sampling, models, ops, ternary
+from lit_rl import GRPO, SFT, LoRA, RLCallback, Sampling, encoding, models, ops, ternary
 from lit_rl.callbacks import TernaryQAT
 from lit_rl.datamodules import Vowels
 from lit_rl.export import export_checkpoint, export_model
@@ -349,6 +349,15 @@ def test_a_packed_policy_answers_and_does_not_train(trained):
     assert tokens[0] == tokens[1]
     with pytest.raises(RuntimeError, match="packed weights are not trained: train from the checkpoint"):
         trainer().fit(one, Letters())
+
+
+def test_a_packed_folder_ends_texts_where_the_full_one_does(trained):
+    model, tokenizer = models.load("tiny")
+    ternary.convert(model, ternary.choose(model, None, 32))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    export_model(model, tokenizer, "ends", packed=True)
+    again, its = models.load("ends")
+    assert encoding.eos_token_ids(again, its) == [tokenizer.eos_token_id, 7]
 
 
 def test_training_goes_on_from_the_exported_folder(trained):
