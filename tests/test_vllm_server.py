@@ -133,11 +133,34 @@ def test_the_protocol_of_nccl_is_vllms(monkeypatch):
     monkeypatch.setattr(nccl_common, "trainer_init", lambda here: Communicator(here, 0))
     weights = {"matrix": torch.randn(4, 3).T, "vector": torch.nn.Parameter(torch.randn(5)), "whole": torch.arange(3)}
     with socket.create_server(("127.0.0.1", 0)) as server:
-        send(post, "nccl", f"http://127.0.0.1:{server.getsockname()[1]}", 1, weights, torch.bfloat16)
+        send(post, "nccl", f"http://127.0.0.1:{server.getsockname()[1]}", 1, weights, torch.bfloat16, 60)
     update = ["start_weight_update", "update_weights", "finish_weight_update"]
     assert said == ["init_weight_transfer_engine", *update, "destroy", "shutdown_weight_transfer_engine"]
     for name, want in weights.items():
         assert torch.equal(got[name], want if name == "whole" else want.bfloat16())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_worker_that_hangs_is_an_error(host):
+    """It has connected and reads nothing; the server's own answer has failed by then."""
+    connections = []
+
+    def post(verb, **body):
+        if verb == "init_weight_transfer_engine":
+            info = body["init_info"]
+            connections.append(socket.create_connection((info["master_address"], info["master_port"])))
+        if verb == "update_weights":
+            raise TimeoutError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        server = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
+    weights = {"large": torch.zeros(2**24)}  # more than the sockets' buffers
+    with server, pytest.raises(TimeoutError, match="timed out"):
+        send(post, "lit_rl", url, 1, weights, torch.float32, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,9 @@ class VLLMServer(Engine):
     def _send(self, url: str, backend: str | None) -> None:
         if (why := self._unusable(url, backend)) is None:
             post, workers = partial(self._post, url), self._get(url, "get_world_size")["world_size"]
+            state = checkpoint_state(self.model)
             try:
-                vllm_transfer.send(post, backend, url, workers, checkpoint_state(self.model), self._dtype())  # type: ignore[arg-type]
+                vllm_transfer.send(post, backend, url, workers, state, self._dtype(), self.timeout)  # type: ignore[arg-type]
             except Exception as error:
                 if backend == "nccl":  # the GPU may wait in it for ever: no use trying again
                     raise SyncError(f"weights could not be sent to {url} over NCCL: {error}") from error

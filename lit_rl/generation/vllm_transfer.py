@@ -26,6 +26,7 @@ def send(
     workers: int,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
+    timeout: float,
 ) -> None:
     """Replaces the weights of all workers of one server.
 
@@ -36,6 +37,7 @@ def send(
         workers: How many the server has.
         weights: Names, layout and shapes are those of a Hugging Face folder.
         dtype: That floating-point weights are sent in.
+        timeout: Seconds that a worker may take to receive one of them over `lit_rl`.
     """
     types = {name: dtype if t.is_floating_point() else t.dtype for name, t in weights.items()}
     about = {
@@ -49,7 +51,7 @@ def send(
         here = {"master_address": address, "master_port": port, "world_size": 1 + workers}
         info = here | {"rank_offset": 1, "packed": False}  # one broadcast a weight
         answer = server.submit(post, "init_weight_transfer_engine", init_info=info)
-        group = (_nccl if backend == "nccl" else Stream)(here, listener, answer)
+        group = _nccl(here, listener) if backend == "nccl" else Stream(here, listener, answer, timeout)
         try:
             answer.result()
             post("start_weight_update")
@@ -69,11 +71,10 @@ def _listening(url: str) -> socket.socket:
     """At a free port of this machine's address as the server sees it."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))) as s:
-        address = s.getsockname()[0]
-    return socket.create_server((address, 0))
+        return socket.create_server((s.getsockname()[0], 0), family=s.family)
 
 
-def _nccl(here: dict[str, Any], listener: socket.socket, answer: Future[Any]) -> Any:
+def _nccl(here: dict[str, Any], listener: socket.socket) -> Any:
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
     listener.close()  # it listens there itself
@@ -84,7 +85,7 @@ class Stream:
     """To each of the server's workers a connection, over which bytes go as they lie in memory: the part of vLLM's
     PyNcclCommunicator that a transfer needs."""
 
-    def __init__(self, here: dict[str, Any], listener: socket.socket, answer: Future[Any]) -> None:
+    def __init__(self, here: dict[str, Any], listener: socket.socket, answer: Future[Any], timeout: float) -> None:
         self.workers: list[socket.socket] = []
         listener.settimeout(1)
         while len(self.workers) < here["world_size"] - 1:
@@ -94,6 +95,8 @@ class Stream:
                 if answer.done():  # they will not come
                     answer.result()
                     raise ConnectionError(f"the workers of the vLLM server did not connect to {here}") from None
+        for worker in self.workers:
+            worker.settimeout(timeout)  # one that hangs takes nothing and closes nothing
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         copy = tensor.to(
