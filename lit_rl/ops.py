@@ -56,9 +56,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 
 def logits_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies from logits (M, V) and targets (M,), for heads that are not hidden times weight."""
-    logps = (logits.float() / temperature).log_softmax(-1)
-    return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+    """Log-probabilities and entropies, at least float32, from logits (M, V) and targets (M,), for heads that are not hidden times
+    weight. Logits may be -inf, as of words that a model rules out."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    logps = (wide / temperature).log_softmax(-1)
+    p = logps.exp()
+    return logps.gather(-1, targets[:, None]).squeeze(-1), -(p * logps.where(p > 0, 0)).sum(-1)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:

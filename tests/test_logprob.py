@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_rl import ops
 from lit_rl.kernels import logprob
 
 
@@ -35,6 +36,19 @@ def test_one_output_alone(which):
         logps, entropy = function(hidden, weight, targets)
         grads.append(torch.autograd.grad((logps if which == "logps" else entropy).sum(), hidden)[0])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
+
+
+def test_words_that_are_ruled_out():
+    """A logit of -inf is a word less, in both numbers and the gradient; float64 stays what it is."""
+    torch.manual_seed(0)
+    few, targets = torch.randn(5, 9, dtype=torch.float64, requires_grad=True), torch.randint(9, (5,))
+    results = []
+    for logits in (few, torch.cat([few, few.new_full((5, 3), -torch.inf)], 1)):
+        logps, entropy = ops.logits_logprob(logits, targets, 0.7)
+        gradient = torch.autograd.grad((logps + 0.3 * entropy).sum(), few)[0]
+        results.append((logps, entropy, gradient))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_no_tensor_of_all_logits():
