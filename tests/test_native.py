@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     GPT2Config,
+    JetMoeConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -535,11 +536,14 @@ def test_errors() -> None:
         sample(build(OpenAIGPTConfig(**GPT2)), [[1]], [[1]], max_new_tokens=3)
 
 
-def test_sharing_refuses_an_attention_that_changes_what_it_reads(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = caches.SharedLayer.update
-    monkeypatch.setattr(caches.SharedLayer, "update", lambda *args, **kw: [x.clone() for x in update(*args, **kw)])
-    with pytest.raises(NotImplementedError, match="share=False"):
-        sample(llama, PROMPTS, SEEDS, max_new_tokens=3)
+def test_rows_share_nothing_where_an_attention_changes_what_it_reads() -> None:
+    """As JetMoe's does, which repeats the keys that it has cached."""
+    torch.manual_seed(0)
+    model = Auto.from_config(JetMoeConfig(**SIZES, num_local_experts=2, kv_channels=8)).eval()
+    expected = [reference(model, prompt, 8) for prompt in PROMPTS]
+    with pytest.warns(UserWarning, match="JetMoeAttention does not read its cache as it is: each of a prompt's rows"):
+        out = sample(model, PROMPTS, SEEDS, options={"max_rows": 4}, max_new_tokens=8, temperature=0)
+    assert tokens(out) == [[row] * len(seeds) for row, seeds in zip(expected, SEEDS, strict=True)]
 
 
 def test_state_is_empty(llama: Any) -> None:

@@ -48,6 +48,10 @@ class GrowingLayer(DynamicLayer):
         self.pooled = {name: kept[beam_idx] for name, kept in self.pooled.items()}
 
 
+class Unshareable(Exception):
+    """A model's attention does not read its cache as it is, so that prompts cannot be kept apart from their rows."""
+
+
 class SharedLayer(GrowingLayer):
     """New tokens of rows whose prompts are kept apart: `prompts`, keys and values (P, heads, L, dim)."""
 
@@ -113,7 +117,7 @@ class SharedCache(Cache):
         """
         layer = self.shared[module.layer_idx]
         if key is not layer.keys or value is not layer.values:
-            raise NotImplementedError(f"{type(module).__name__} does not read its cache as it is: set share=False")
+            raise Unshareable(f"{type(module).__name__} does not read its cache as it is")
         far, far_value = layer.prompts
         rows, heads, _, dim = query.shape
         query = query.reshape(rows, key.shape[1], -1, dim) * (dim**-0.5 if scaling is None else scaling)

@@ -5,6 +5,7 @@ Each prompt is computed once for all its samples, keys and values are written in
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rl.generation.base import Completion, Sampling
+from lit_rl.generation.caches import Unshareable
 from lit_rl.generation.rows import Prompt, Rows, growing
 from lit_rl.generation.sampling import draw, uniforms
 
@@ -71,7 +73,12 @@ class NativeGenerator:
         done: dict[Place, Completion] = {}
         with torch.no_grad(), _evaluating(self.model):
             for chunk in self._chunks(places):
-                done.update(self._sample(chunk, seeds, sampling, begun))
+                try:
+                    done.update(self._sample(chunk, seeds, sampling, begun))
+                except Unshareable as error:  # which shows in the first step
+                    warnings.warn(f"{error}: each of a prompt's rows keeps keys and values of its own", stacklevel=2)
+                    self.share = False
+                    done.update(self._sample(chunk, seeds, sampling, begun))
         return [[done[i, j] for j in range(len(row))] for i, row in enumerate(seeds)]
 
     def state_dict(self) -> dict[str, Any]:
