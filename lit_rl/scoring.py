@@ -26,6 +26,9 @@ from lit_rl.task import Verdict
 Item = tuple[Callable[[str], Any], str]
 """A scoring function and the text of one response."""
 
+LONGEST = 1e6
+"""Seconds that the system's clocks take for a limit with ease."""
+
 # forking beside threads: the child runs Python only
 warnings.filterwarnings("ignore", message=r".*use of fork\(\)", category=DeprecationWarning)
 
@@ -53,8 +56,11 @@ class Scorer:
 
     def __post_init__(self) -> None:
         require_literals(Scorer, vars(self))
-        if self.timeout <= 0 or self.memory_mb <= 0 or self.workers < 1:
-            raise ValueError(f"scoring needs timeout > 0, memory_mb > 0 and workers >= 1: got {self}")
+        if not 0 < self.timeout <= LONGEST or self.memory_mb <= 0 or self.workers < 1:
+            raise ValueError(
+                f"scoring needs timeout > 0 and at most {LONGEST:g} (where: inline has no limit), memory_mb > 0 and workers >= 1:"
+                f" got {self}"
+            )
         if not hasattr(os, "fork"):
             self.where = "inline"
 
@@ -88,7 +94,9 @@ class Scorer:
                             Thread(target=child.wait).start()
                         else:  # the first one is to blame; a fresh child takes the rest
                             status = child.wait()
-                            fate = f" took more than {self.timeout:g} s" if late else f"'s process died ({status})"
+                            fate = (
+                                f" took more than {self.timeout:g} s" if late else f"'s process {child.fate or status}"
+                            )
                             verdicts[child.todo[0]] = Verdict.invalid(f"the verifier{fate}")
                             if rest := child.todo[1:]:
                                 start(rest)
@@ -103,7 +111,7 @@ class _Child:
     """A forked process that scores the items of `todo` in order and writes a JSON line for each."""
 
     def __init__(self, items: Sequence[Item], todo: list[int], memory_mb: int, timeout: float) -> None:
-        self.todo, self.timeout, self.rest = todo, timeout, b""
+        self.todo, self.timeout, self.rest, self.fate = todo, timeout, b"", ""
         _flush()  # or what is waiting to be printed would be printed by the child as well
         self.pipe, write = os.pipe()
         try:
@@ -135,11 +143,16 @@ class _Child:
         self.deadline = time.monotonic() + timeout
 
     def read(self, verdicts: list[Verdict | None]) -> bool:
-        """Takes what has arrived; True at the end."""
+        """Takes what has arrived; True at the end, and at what is no verdict."""
         data = os.read(self.pipe, 1 << 16)
         *lines, self.rest = (self.rest + data).split(b"\n")
-        for line in lines:
-            verdicts[self.todo.pop(0)] = Verdict(**json.loads(line))
+        for line in lines[: len(self.todo)]:
+            try:
+                verdict = Verdict(**json.loads(line))
+            except (TypeError, ValueError):
+                self.fate = "wrote where its verdict belongs"  # to whatever files it found open
+                return True
+            verdicts[self.todo.pop(0)] = verdict
             self.deadline = time.monotonic() + self.timeout
         return not data
 
@@ -153,7 +166,7 @@ class _Child:
     def wait(self) -> str:
         """How it ended, when it has."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
 
 
 def _flush() -> None:

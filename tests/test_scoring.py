@@ -120,6 +120,21 @@ def test_inline_keeps_state_and_isolates_errors():
     assert [v.valid for v in verdicts] == [True, False, True]
 
 
-def test_limits_are_checked():
+@pytest.mark.parametrize("timeout", [0, float("nan"), float("inf")])
+def test_limits_are_checked(timeout):
     with pytest.raises(ValueError, match="timeout > 0"):
-        Scorer(timeout=0)
+        Scorer(timeout=timeout)
+
+
+@pytest.mark.parametrize("junk", [b"hello\n", b"[1]\n", b'{"right": 1}\n'])
+def test_what_a_verifier_writes_to_files_that_it_found_open_is_no_verdict(junk, monkeypatch):
+    pipes, pipe = [], os.pipe
+    monkeypatch.setattr(os, "pipe", lambda: pipes.append(pipe()) or pipes[-1])
+
+    def scribble(text):
+        os.write(pipes[-1][1], junk)
+        return 1.0
+
+    verdicts = Scorer(timeout=5)([GOOD[0], (scribble, "a"), GOOD[1], (scribble, "b")])
+    assert [v.valid for v in verdicts] == [True, False, True, False]
+    assert verdicts[1].reason == "the verifier's process wrote where its verdict belongs"
