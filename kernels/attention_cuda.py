@@ -128,9 +128,9 @@ def _agrees(heads: int, key_heads: int, dim: int, dtype: torch.dtype, device: to
     return all(float((a - b).norm()) < ERROR * float(b.norm()) for a, b in zip(*found, strict=True))
 
 
-def _takes_flash(q: Tensor, k: Tensor) -> bool:
+def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= MAX_DIM
-    return half and _agrees(q.shape[1], k.shape[1], q.shape[-1], q.dtype, q.device)
+    return half and v.shape[-1] == q.shape[-1] and _agrees(q.shape[1], k.shape[1], q.shape[-1], q.dtype, q.device)
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
@@ -141,7 +141,7 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
     """As `naive_packed_attention`. In half precision without scores in memory; else each group by itself under a mask."""
-    if _takes_flash(query, key):
+    if _takes_flash(query, key, value):
         return _flash_attention(query, key, value, blocks, scale)
     parts = []
     for tokens, seen in masked_groups(blocks, query.device):

@@ -97,6 +97,22 @@ class TestOnAGPU:
         assert ((out - want).norm() / want.norm()) < 0.01
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), x))
 
+    def test_values_of_another_size_than_keys(self, monkeypatch):
+        """As of multi-head latent attention: flash attention refuses them."""
+        flash = attention_cuda._flash
+
+        def strict(q, k, v, *args):
+            if v.shape != k.shape:
+                raise RuntimeError("v must have the shape of k")
+            return flash(q, k, v, *args)
+
+        monkeypatch.setattr(attention_cuda, "_flash", strict)
+        *x, blocks, scale = inputs(GROUPS, 2, 2, torch.float32)
+        x = [t.detach().to(self.DEVICE, torch.bfloat16)[..., :n] for t, n in zip(x, (8, 8, 4), strict=True)]
+        out = attention_cuda.packed_attention(*x, blocks, scale)
+        want = naive_packed_attention(*(t.double() for t in x), blocks, scale)
+        assert ((out - want).norm() / want.norm()) < 0.01
+
     @pytest.mark.parametrize("failure", ["missing", "wrong", "wrong gradient"])
     def test_flash_attention_that_fails_is_not_used(self, failure, monkeypatch):
         def missing(*args):
