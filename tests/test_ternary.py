@@ -17,6 +17,7 @@ from lit_rl import GRPO, SFT, LoRA, RLCallback, Sampling, encoding, models, ops,
 from lit_rl.callbacks import TernaryQAT
 from lit_rl.datamodules import Vowels
 from lit_rl.export import export_checkpoint, export_model
+from lit_rl.generation.vllm_engine import stamp
 from lit_rl.kernels import ternary as kernel
 
 SHAPES = [(5, 12, 4), (3, 64, 32), (7, 9, 3), (2, 30, 30), (1, 5, 1)]  # out, in, group
@@ -358,6 +359,14 @@ def test_a_packed_folder_ends_texts_where_the_full_one_does(trained):
     export_model(model, tokenizer, "ends", packed=True)
     again, its = models.load("ends")
     assert encoding.eos_token_ids(again, its) == [tokenizer.eos_token_id, 7]
+
+
+def test_an_engine_gets_the_rounded_weights_though_no_step_has_changed_them():
+    model, _ = models.load("tiny")
+    before = stamp(model)
+    assert torch.equal(before, stamp(model))
+    ternary.convert(model, ternary.choose(model, None, 32))
+    assert not torch.equal(before, stamp(model))
 
 
 def test_training_goes_on_from_the_exported_folder(trained):

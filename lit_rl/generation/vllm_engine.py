@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lit_rl import adapters
+from lit_rl import adapters, ternary
 from lit_rl.checks import require
 from lit_rl.generation.base import Completion, Generator, Sampling, later_seed
 
@@ -232,9 +232,9 @@ class Engine(Generator):
 
 
 def stamp(model: nn.Module) -> Tensor:
-    """A few hundred numbers of each weight: equal as long as the weights are."""
+    """A few hundred numbers of each weight, and how many layers round theirs: equal as long as the weights are."""
     few = [p.detach().flatten()[:: max(1, p.numel() // 256)].float() for p in model.parameters()]
-    return torch.cat(few).cpu()
+    return torch.cat([torch.cat(few).cpu(), torch.tensor([float(len(ternary.layers(model)))])])
 
 
 def checkpoint_state(model: Any) -> dict[str, Tensor]:
