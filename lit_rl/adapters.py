@@ -105,7 +105,7 @@ def _targets(model: Any, lora: LoRA) -> list[str]:
             close = get_close_matches(target, known, n=1)
             raise ValueError(
                 f"lora.target_modules names {target!r}, which {type(model).__name__} does not have"
-                + (f": did you mean {close[0]!r}?" if close else "")
+                + (f": did you mean {close[0]!r}?" if close else ".")
                 + f" Its linear layers are {', '.join(known)}."
             )
     return lora.target_modules or known

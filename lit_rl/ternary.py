@@ -148,7 +148,7 @@ def choose(module: nn.Module, names: list[str] | None, group_size: int) -> dict[
     for wanted in names or ():
         if not any(f".{name}".endswith(f".{wanted}") for name in found):
             close = get_close_matches(wanted, known, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
+            hint = f": did you mean {close[0]!r}?" if close else "."
             raise ConfigurationError(
                 f"TernaryQAT.modules names {wanted!r}, which {kind} does not have{hint} Its linear layers that train, beside"
                 f" heads, are {', '.join(known)}."
