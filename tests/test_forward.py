@@ -141,6 +141,17 @@ def test_a_mask_that_does_not_hide_is_not_taken_for_rounding():
     assert forward._layout is rows_layout
 
 
+def test_a_scale_of_logits_that_are_small_as_yet():
+    """In half precision, where the numbers of a new model hardly differ."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(t.CohereConfig(**SIZES, tie_word_embeddings=False)).bfloat16().eval()
+    forward = Forward(model)
+    forward(x := experience())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    assert (forward(x)[0] - naive(model, x)[0])[x.mask].abs().mean() < 0.05
+
+
 def test_a_cap_under_another_name():
     config = t.RecurrentGemmaConfig(**SIZES, block_types=["recurrent", "attention"], logits_soft_cap=300.0)
     forward = Forward(t.AutoModelForCausalLM.from_config(config).eval())
