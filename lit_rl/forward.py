@@ -233,7 +233,7 @@ class Forward:
 
     def _same(self, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> bool:
         gaps = [(a - b).abs() for a, b in zip(got, want, strict=True)]
-        if next(self.model.parameters()).dtype == torch.float32:
+        if next(self.model.parameters()).dtype in (torch.float32, torch.float64):
             return all(float(gap.max()) < TOLERANCE for gap in gaps)
         # single tokens differ by tenths in half precision
         limits = HALF_TOLERANCE * min(1.0, float(want[0].std())), HALF_TOLERANCE
