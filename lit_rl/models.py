@@ -23,6 +23,8 @@ TINY_HEAD = 32
 """Width of an attention head of the tiny model."""
 ATTENTION = "lit_rl_packed"
 """What transformers calls forward.py's attention of packed groups, which is SDPA's for other masks."""
+NOISE = "jitter_noise", "input_jitter_noise", "moe_jitter_eps"
+"""What layers of experts call its size. PhiMoE's `router_jitter_noise` is more than that: it routes in evaluation too."""
 EXPECTED = (
     f"expected '{TINY}', '{TINY}-qwen3' or another architecture, '{TINY}:64' or another width, '{SMOLLM2}', a folder that "
     "holds config.json, a .gguf file, or the id of a Hugging Face repository that the network or the local cache can reach"
@@ -230,7 +232,8 @@ def replaceable(model: Any) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to zero: in modules, in attributes such as `attention_dropout`, and in configs.
+    """Set every dropout probability to zero: in modules, in attributes such as `attention_dropout`, and in configs; and the noise
+    that some mixtures of experts have in training.
 
     With dropout the log-probs of training differ from those of sampling, and an on-policy ratio is not one.
     """
@@ -239,5 +242,5 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for owner in (module, getattr(module, "config", None)):
             for key, value in list(getattr(owner, "__dict__", {}).items()):
-                if "drop" in key and isinstance(value, float):
+                if ("drop" in key or key in NOISE) and isinstance(value, float):
                     setattr(owner, key, 0.0)

@@ -428,6 +428,7 @@ DROPPING = {
     ),
     "gpt_neox": transformers.GPTNeoXConfig(**SMALL, attention_dropout=0.5, hidden_dropout=0.5),
     "phi": transformers.PhiConfig(**SMALL, attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5),
+    "mixtral": transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2, router_jitter_noise=0.3),
 }
 
 
