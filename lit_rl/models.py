@@ -191,11 +191,20 @@ def _load_gguf(folder: str, file: str, options: dict[str, Any]) -> PreTrainedMod
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """How many tokens prompt and completion may have together; a very large number when the config is silent."""
+    """How many tokens prompt and completion may have together; a very large number when the config is silent.
+
+    Of LongRoPE, as Phi-3's for 128k tokens, it is where its long frequencies begin: from there on they hold for all tokens of all
+    rows of a batch, so that what a token is sampled with is not what it is trained with."""
     config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = [
+        one["original_max_position_embeddings"]
+        for one in (rope, *rope.values())
+        if isinstance(one, dict) and one.get("rope_type") == "longrope"
+    ]
     for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"):
         if isinstance(length := getattr(config, key, None), int) and length > 0:
-            return length
+            return min([length, *short])
     return 1 << 30
 
 

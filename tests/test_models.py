@@ -293,6 +293,18 @@ def test_context_length_by_any_name():
     assert of(transformers.GPT2Config(vocab_size=8, n_layer=1, n_embd=8, n_head=1, n_positions=77)) == 77
     assert of(transformers.MptConfig(vocab_size=8, n_layers=1, d_model=8, n_heads=1, max_seq_len=55)) == 55
     assert of(transformers.MambaConfig(**small, hidden_size=8, state_size=2)) > 1_000_000
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0], "long_factor": [2.0]}
+    heads = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    phi = transformers.Phi3Config(
+        **small,
+        **heads,
+        pad_token_id=0,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        original_max_position_embeddings=16,
+    )
+    assert of(phi) == 16
 
 
 # ------------------------------------------------------------------------------------------------ export, checkpoints
