@@ -272,6 +272,8 @@ def test_overlong_and_masked_truncation():
         (dict(method=NFT, ratio="sequence"), "ratio is sequence: it must be one of token"),
         (dict(scoring=dict(where="thread")), "where is thread: it must be one of process, inline"),
         (dict(lr=-1.0), "lr is -1.0: it must be at least 0"),
+        (dict(sampling=dict(stop="abc")), "sampling.stop is 'abc': it must be a list of texts, none of them empty"),
+        (dict(sampling=dict(stop=[""])), "sampling.stop is .*: it must be a list of texts"),
         (
             dict(sampling=Sampling(4096)),
             "sampling.max_new_tokens is 4096: it must be below the model's context of 2048",

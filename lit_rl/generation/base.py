@@ -35,6 +35,8 @@ class Sampling:
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0 and at most 1")
         require(self.top_k >= 0, "sampling.top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         require(0 <= self.min_p < 1, "sampling.min_p", self.min_p, "at least 0 and below 1")
+        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        require(texts, "sampling.stop", repr(self.stop), "a list of texts, none of them empty")
 
     @property
     def cuts(self) -> bool:
