@@ -57,7 +57,7 @@ class Walker(Rollout):
         return Walk(self.model.parameters(), self.length)
 
 
-class Prompts(TaskData):
+class Given(TaskData):
     def __init__(self, rows: list[Row]) -> None:
         super().__init__(batch_size=len(rows) // GROUP)
         self.rows = rows
@@ -109,5 +109,5 @@ def lit(
         enable_model_summary=False,
         limit_val_batches=0,
         callbacks=[*callbacks, record],
-    ).fit(policy, Prompts(rows))
+    ).fit(policy, Given(rows))
     return record
