@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
@@ -94,7 +95,7 @@ class Prompts(TaskData):
         made = []
         for number, record in enumerate(jsonl.records(file), 1):
             try:
-                made.append(self._task(record, split, number))
+                made.append(self._task(record, split))
             except ValueError as error:
                 raise ConfigurationError(f"record {number} of {file} {error}") from error
         require(bool(made), split, file, "a file with records: this one is empty")
@@ -107,7 +108,7 @@ class Prompts(TaskData):
             rank_zero_info(f"{left_out} of {len(made)} records of {file} are held out too: they are left out.")
         return kept
 
-    def _task(self, record: Any, split: str, number: int) -> Task:
+    def _task(self, record: Any, split: str) -> Task:
         """Raises ValueError that says what is wrong with the record."""
         prompt, score = _field(record, self.prompt), None
         if not isinstance(prompt, str) and not _is_chat(prompt):
@@ -123,7 +124,11 @@ class Prompts(TaskData):
         if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
             raise ValueError(f"has no worked solution in {self.response!r}: expected text, or a list of texts")
         family = str(_field(record, self.family)) if self.family else Path(self.files[split] or "").stem
-        return Task(prompt, score, responses, family=family, id=f"{split}/{number}")
+        task = Task(prompt, score, responses, family=family)
+        task.id = (
+            f"{split}/{blake2b(task.text().encode('utf-8', 'replace'), digest_size=8).hexdigest()}"  # of no other file
+        )
+        return task
 
 
 @dataclass

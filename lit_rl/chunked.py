@@ -266,10 +266,9 @@ class Chunks:
                 )
             return made
 
-        for r in (r for one in state["pending"] for r in one["responses"]):
-            fine, limit = (self.longest - len(r["tokens"])) % self.size == 0, "that of the checkpoint"
-            limit += f", whose unfinished responses have {len(r['tokens'])} tokens, of {self.longest} at most"
-            require(fine or r["finish"] == "stop", "chunk", self.size, limit)
+        for n in (len(r["tokens"]) for one in state["pending"] for r in one["responses"] if r["finish"] != "stop"):
+            limit = f"that of the checkpoint, whose unfinished responses have {n} tokens, of {self.longest} at most"
+            require((self.longest - n) % self.size == 0, "chunk", self.size, limit)
         self.pending = [
             Begun(task(one), one["prompt"], [Response(**r) for r in one["responses"]]) for one in state["pending"]
         ]

@@ -54,12 +54,12 @@ def records(path: Path | str) -> Iterator[Any]:
     is not JSON."""
     path = Path(path)
     if path.suffix != ".parquet":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
+        with path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
                     try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
+                        yield json.loads(text)
+                    except ValueError as error:  # UnicodeDecodeError too
                         raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
         return
     try:

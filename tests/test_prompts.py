@@ -231,6 +231,24 @@ def test_a_line_that_is_not_json_is_named():
         Prompts("r.jsonl", answer="answer").tasks("train")
 
 
+def test_files_that_are_not_utf8_are_named_and_those_that_say_so_first_are_read():
+    Path("r.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "\xc3\xa9", "answer": 1}\n')
+    assert next(jsonl.records("r.jsonl")) == {"prompt": "é", "answer": 1}
+    Path("r.jsonl").write_bytes(b'{"prompt": "?", "answer": 1}\n{"prompt": "\xe9", "answer": 1}\n')
+    with pytest.raises(ConfigurationError, match=r"line 2 of r\.jsonl is not JSON: 'utf-8' codec"):
+        Prompts("r.jsonl", answer="answer").tasks("train")
+
+
+def test_a_record_of_another_file_is_another_task():
+    """Or a checkpoint's unfinished responses, and demonstrations by a task's id, would be taken for those of another prompt."""
+    one, other = (
+        Prompts(written("r.jsonl", records), prompt="question", answer="answer").tasks("train")
+        for records in (SUMS, SUMS[1:])
+    )
+    assert [task.key() for task in other] == [task.key() for task in one][1:]
+    assert len({task.key() for task in one}) == len(SUMS)
+
+
 SHORT = ("--trainer.max_steps", 2, "--trainer.enable_progress_bar", "false", "--data.prompt", "question")
 
 

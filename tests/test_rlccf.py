@@ -199,10 +199,10 @@ def test_learning_rates_and_clipping_are_each_members_own():
 def test_a_member_that_diverges_stops_no_other():
     class Poison(RLCallback):
         def on_loss(self, trainer, module, x, terms):
-            if module.name == "qwen2":
+            if module.name in bad:
                 terms.loss = terms.loss * float("nan")
 
-    good, poisoned = group(), group()
+    good, poisoned, bad = group(), group(), ["qwen2"]
     fit(good, "good", max_steps=1)
     fit(poisoned, "poisoned", [Poison()], max_steps=1)
     first, second, third = poisoned.members
@@ -210,6 +210,9 @@ def test_a_member_that_diverges_stops_no_other():
     assert torch.equal(weights(second), weights(member("qwen2", 1)))
     assert torch.equal(weights(first), weights(good.members[0]))
     assert torch.equal(weights(third), weights(good.members[2]))
+    bad.append(first.name)
+    fit(group(), "both", [Poison()], max_steps=1)
+    assert {p.name for p in Path("both").glob("non_finite*")} == {f"non_finite-0-{name}.pt" for name in bad}
 
 
 def test_devices_of_their_own_change_nothing():
