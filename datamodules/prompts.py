@@ -110,14 +110,15 @@ class Prompts(TaskData):
 
     def _task(self, record: Any, split: str) -> Task:
         """Raises ValueError that says what is wrong with the record."""
-        prompt, score = _field(record, self.prompt), None
+        prompt = _field(record, self.prompt)
+        score: Right | Rewarded | None = None
         if not isinstance(prompt, str) and not _is_chat(prompt):
             raise ValueError(f"has no prompt in {self.prompt!r}: expected text, or messages that end with a user's")
         if self.rewards:
             score = Rewarded(self.rewards, prompt, {k: v for k, v in record.items() if k not in TRL_OWN})
         elif self.answer or self.unlabelled:
-            known = self.answer and not (self.unlabelled and split == "train")
-            score = Right(_gold(record, self.answer) if known else None)
+            known = None if self.unlabelled and split == "train" else self.answer
+            score = Right(None if known is None else _gold(record, known))
             prompt = _hinted(prompt, self.hint) if self.hint else prompt
         responses = [] if self.response is None else _field(record, self.response)
         responses = [responses] if isinstance(responses, str) else responses
